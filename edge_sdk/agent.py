@@ -1,0 +1,567 @@
+"""The device's main loop: one queue in, the session's effects out.
+
+Three threads meet in one queue: paho's network thread and the trainer's reader only enqueue, this
+loop decides. Everything that must survive a crash is on disk before it is said: blocks in the
+cache, the update in the spool.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_sdk import __version__
+from edge_sdk.codec import bits_per_param
+from edge_sdk.errors import (
+    MIB,
+    ConfigError,
+    EdgeError,
+    MalformedMessage,
+    PeerError,
+    Refused,
+    TaskError,
+)
+from edge_sdk.mqtt import Arrived, Link, LinkDown, LinkUp, TakenOver
+from edge_sdk.pieces import Incoming
+from edge_sdk.plan import Limits, Plan, choose
+from edge_sdk.probe import (
+    available_memory,
+    process_cpu_s,
+    process_peak_bytes,
+    process_rss_bytes,
+)
+from edge_sdk.profile import DeviceProfile, budget
+from edge_sdk.session import Effect, Event, Phase, Retry, transition
+from edge_sdk.store import BlockCache, Spool, SpoolEntry
+from edge_sdk.strategies import strategy_named
+from edge_sdk.trainer import Described, Failed, Setup, Train, Trained, Trainer, TrainerDied, TrainerSaid
+from edge_sdk.wire import (
+    Decline,
+    Head,
+    Hello,
+    Offer,
+    Open,
+    Piece,
+    Presence,
+    Receipt,
+    Refusal,
+    Tally,
+    Topics,
+    Want,
+    Welcome,
+    decode,
+    encode,
+    encode_piece,
+)
+
+# Pieces asked for ahead: enough to fill a link of 100 ms and 40 Mbit/s, and a megabyte at most.
+WINDOW_PIECES = 16
+# Each kill of the trainer lowers what its next plan may use to this share.
+LOWER_SHARE = 0.85
+MAX_KILLS = 4
+# How long a device waits for a receipt after the job is over.
+LAST_RECEIPT_S = 30.0
+
+log = logging.getLogger("edge_sdk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """What ``edge-sdk run`` was asked to do."""
+
+    url: str
+    job: str
+    device: str
+    task_path: Path
+    state_dir: Path
+    profile: DeviceProfile
+    part: int = 0
+    parts: int = 1
+    memory_bytes: int | None = None
+    threads: int = 1
+    nursery: str | None = None
+    ca_file: str | None = None
+    report: Callable[[dict[str, Any]], None] = field(default=lambda event: None)
+
+
+class Agent:
+    """One device of one job."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._rng = random.Random()
+        self._topics = Topics(settings.job)
+        self._session_id = time.time_ns() // 1000
+        self._cache = BlockCache(settings.state_dir / "blocks")
+        self._spool = Spool(settings.state_dir / "spool")
+        self._cache.sweep()
+        self._spool.sweep()
+        self._trainer = Trainer(self._setup(), self._inbox, settings.nursery)
+        self._link = self._make_link()
+        self._described: Described | None = None
+        self._phase = Phase.IDLE
+        self._offer: Offer | None = None
+        self._waiting: Offer | None = None
+        self._plan: Plan | None = None
+        self._entry: SpoolEntry | None = None
+        self._incoming: Incoming | None = None
+        self._hello, self._open = Retry(self._rng), Retry(self._rng)
+        self._last_receipt = -1
+        self._boot = ""
+        self._why = ""
+        self._memory_share, self._kills = 1.0, 0
+        self._up_mark = self._down_mark = 0
+        self._cpu_mark_s = 0.0
+        self._done_at_s: float | None = None
+        self._train_when_described = False
+
+    def run(self) -> None:
+        """Take part until the job is over; raises what the user can fix or has to know."""
+        self._trainer.start()
+        self._link.subscribe(self._topics.down(self._settings.device))
+        self._link.subscribe(self._topics.head)
+        self._link.start()
+        try:
+            while not self._finished():
+                self._handle(self._next())
+                self._repeat()
+        finally:
+            self._trainer.stop()
+            self._say(Presence(state="sleeping", session=self._session_id))
+            self._link.close()
+
+    def _setup(self) -> Setup:
+        mine = self._settings
+        return Setup(
+            job=mine.job,
+            task_path=str(mine.task_path),
+            part=mine.part,
+            parts=mine.parts,
+            cache_dir=str(mine.state_dir / "blocks"),
+            spool_dir=str(mine.state_dir / "spool"),
+            threads=mine.threads,
+        )
+
+    def _make_link(self) -> Link:
+        mine = self._settings
+        will = encode(Presence(state="lost", session=self._session_id))
+        return Link(
+            mine.url,
+            mine.device,
+            self._inbox,
+            will=(self._topics.presence(mine.device), will),
+            rng=self._rng,
+            ca_file=mine.ca_file,
+        )
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def _next(self) -> Any:
+        now_s = time.monotonic()
+        due = [t for t in (self._hello.due_s, self._open.due_s, self._fetch_due_s()) if t is not None]
+        if self._done_at_s is not None:
+            due.append(self._done_at_s + LAST_RECEIPT_S)
+        try:
+            return self._inbox.get(timeout=max(0.0, min(due) - now_s) if due else None)
+        except queue.Empty:
+            return None
+
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, Arrived):
+            self._arrived(event)
+        elif isinstance(event, LinkUp):
+            self._link_up()
+        elif isinstance(event, LinkDown):
+            log.info("link down: %s", event.reason)
+        elif isinstance(event, TakenOver):
+            raise Refused(
+                f"another client connects as device {self._settings.device!r}: each device needs "
+                "its own --device and --state"
+            )
+        elif isinstance(event, TrainerSaid) and event.life == self._trainer.life:
+            self._trainer_said(event.answer)
+        elif isinstance(event, TrainerDied) and event.life == self._trainer.life:
+            self._trainer_died(event.exit_code)
+
+    def _repeat(self) -> None:
+        now_s = time.monotonic()
+        if self._hello.is_due(now_s):
+            self._greet()
+        if self._open.is_due(now_s):
+            self._send_update()
+        due_s = self._fetch_due_s()
+        if due_s is not None and now_s >= due_s:
+            self._ask_for_pieces()
+
+    def _finished(self) -> bool:
+        if self._done_at_s is None:
+            return False
+        overdue = time.monotonic() > self._done_at_s + LAST_RECEIPT_S
+        if self._entry is not None and overdue:
+            log.warning("the job is over; one update has no receipt and stays in the spool")
+        return self._entry is None or overdue
+
+    def _step(self, event: Event) -> None:
+        self._phase, effects = transition(self._phase, event)
+        for effect in effects:
+            _EFFECTS[effect](self)
+
+    def _say(self, message: Any, retain: bool = False) -> bool:
+        device = self._settings.device
+        if isinstance(message, Presence):
+            return self._link.publish(self._topics.presence(device), encode(message), retain=True)
+        return self._link.publish(self._topics.up(device), encode(message), retain=retain)
+
+    # -- what arrives -----------------------------------------------------------------------
+
+    def _arrived(self, event: Arrived) -> None:
+        try:
+            message = decode(event.payload)
+        except MalformedMessage as error:
+            log.warning("dropped a message on %s: %s", event.topic, error)
+            return
+        if event.topic == self._topics.head:
+            if isinstance(message, Head):
+                self._head(message)
+            return
+        handler = _HANDLERS.get(type(message))
+        if handler is not None:
+            handler(self, message)
+
+    def _link_up(self) -> None:
+        log.info("connected, MQTT %s", self._link.protocol)
+        self._greet()
+        if self._phase is Phase.SENDING:
+            self._send_update()
+        elif self._incoming is not None:
+            self._incoming.forget_asked()
+            self._ask_for_pieces()
+
+    def _greet(self) -> None:
+        if self._described is None or not self._link.connected:
+            self._hello.answered()
+            return
+        self._presence()
+        profile = self._settings.profile
+        self._say(
+            Hello(
+                session=self._session_id,
+                sdk=__version__,
+                profile=profile.name,
+                memory_bytes=self._budget()[0],
+                flops_per_s=profile.flops_per_s,
+                spec_digest=self._described.table.spec.digest(),
+                num_examples=self._described.num_examples,
+            )
+        )
+        self._hello.arm(time.monotonic())
+
+    def _presence(self) -> None:
+        busy = self._phase is Phase.TRAINING
+        self._say(Presence(state="training" if busy else "ready", session=self._session_id))
+
+    def _head(self, head: Head) -> None:
+        if head.state == "done":
+            if self._done_at_s is None:
+                self._done_at_s = time.monotonic()
+                self._step(Event.DONE)
+        elif head.boot != self._boot:
+            self._greet()
+
+    def _welcome(self, message: Welcome) -> None:
+        self._boot = message.boot
+        self._hello.answered()
+
+    def _refused(self, message: Refusal) -> None:
+        raise Refused(f"the server refuses this device: {message.reason}")
+
+    def _offered(self, offer: Offer) -> None:
+        self._hello.answered()
+        newest = self._waiting or self._offer
+        if newest is not None and (offer.round, offer.ticket) == (newest.round, newest.ticket):
+            if self._phase is not Phase.IDLE:
+                return
+        elif newest is not None and offer.round < newest.round:
+            return
+        if self._phase is Phase.SENDING:
+            self._waiting = offer
+            return
+        if offer.round <= self._last_receipt:
+            return
+        self._offer, self._kills, self._memory_share = offer, 0, 1.0
+        self._step(Event.OFFERED)
+
+    def _wanted(self, want: Want) -> None:
+        entry = self._entry
+        if entry is None or want.sha256 != entry.sha256:
+            return
+        self._open.restart(time.monotonic())
+        total = -(-entry.size_bytes // want.piece_bytes)
+        for first, stop in want.ranges:
+            for index in range(first, min(stop, total)):
+                data = self._spool.read_piece(entry, index * want.piece_bytes, want.piece_bytes)
+                payload = encode_piece(entry.sha256, index, total, data)
+                self._link.publish(self._topics.up(self._settings.device), payload)
+
+    def _receipt(self, receipt: Receipt) -> None:
+        entry = self._entry
+        if entry is None or (receipt.round, receipt.sha256) != (entry.round, entry.sha256):
+            return
+        self._settings.report({"event": "receipt", "round": receipt.round, "verdict": receipt.verdict})
+        if receipt.verdict != "accepted":
+            log.warning("round %d: update %s: %s", receipt.round, receipt.verdict, receipt.reason)
+        self._last_receipt = max(self._last_receipt, receipt.round)
+        self._step(Event.RECEIPT)
+        self._tally(receipt.round)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._offered(waiting)
+        else:
+            self._send_leftovers()
+
+    def _piece(self, piece: Piece) -> None:
+        incoming = self._incoming
+        if incoming is None:
+            return
+        try:
+            incoming.take(piece.transfer, piece.index, piece.data)
+        except PeerError as error:
+            log.warning("dropped a piece: %s", error)
+        if incoming.complete:
+            self._cache.put(incoming.sha256, incoming.content)
+            self._incoming = None
+            self._fetch()
+        else:
+            self._ask_for_pieces()
+
+    # -- the trainer ------------------------------------------------------------------------
+
+    def _trainer_said(self, answer: Described | Trained | Failed) -> None:
+        if isinstance(answer, Described):
+            self._described = answer
+            self._trainer.pid = answer.pid
+            if self._train_when_described:
+                self._train()
+            else:
+                self._greet()
+                self._send_leftovers()
+        elif self._described is None and isinstance(answer, Failed):
+            raise TaskError(answer.message)
+        elif self._phase is Phase.TRAINING and self._offer is not None:
+            if answer.round == self._offer.round:
+                self._trained(answer)
+
+    def _trained(self, answer: Trained | Failed) -> None:
+        if isinstance(answer, Trained):
+            self._step(Event.TRAINED)
+            return
+        log.warning("round %d: %s", answer.round, answer.message)
+        if answer.kind == "damaged":
+            self._step(Event.DAMAGED)
+        elif answer.kind == "memory":
+            self._lower()
+        else:
+            self._why = answer.message
+            self._step(Event.PLAN_FAILED)
+
+    def _trainer_died(self, exit_code: int | None) -> None:
+        self._kills += 1
+        log.warning("the trainer died (exit code %s)", exit_code)
+        if self._described is None and self._kills >= MAX_KILLS:
+            raise ConfigError(
+                f"the trainer died {self._kills} times before it could describe the task (exit code "
+                f"{exit_code}); run `edge-sdk doctor`, and the task file by itself"
+            )
+        self._trainer.start()
+        self._step(Event.KILLED)
+
+    def _lower(self) -> None:
+        self._kills += 1
+        self._memory_share *= LOWER_SHARE
+        if self._kills >= MAX_KILLS:
+            self._why = f"the trainer was killed {self._kills} times in this round"
+            self._step(Event.PLAN_FAILED)
+        else:
+            self._train()
+
+    def _train_lower(self) -> None:
+        """The trainer was killed while training: plan smaller once the new one is there."""
+        self._memory_share *= LOWER_SHARE
+        if self._kills >= MAX_KILLS:
+            self._why = f"the trainer was killed {self._kills} times in this round"
+            self._step(Event.PLAN_FAILED)
+        else:
+            self._train_when_described = True
+
+    # -- effects ----------------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        """Ask for the next block the cache lacks; without one, go on."""
+        offer = self._offer
+        assert offer is not None
+        for entry in offer.blocks:
+            if not self._cache.has(entry.sha256):
+                self._incoming = Incoming(
+                    entry.sha256, entry.size_bytes, offer.piece_bytes, WINDOW_PIECES, self._rng
+                )
+                self._ask_for_pieces()
+                return
+        self._incoming = None
+        self._cache.evict({entry.sha256 for entry in offer.blocks})
+        self._step(Event.FETCHED)
+
+    def _ask_for_pieces(self) -> None:
+        incoming, offer = self._incoming, self._offer
+        if incoming is None or offer is None:
+            return
+        ranges = incoming.want(time.monotonic())
+        if ranges:
+            self._say(Want(sha256=incoming.sha256, piece_bytes=offer.piece_bytes, ranges=ranges))
+
+    def _fetch_due_s(self) -> float | None:
+        return self._incoming.deadline_s if self._incoming is not None else None
+
+    def _train(self) -> None:
+        self._train_when_described = False
+        offer = self._offer
+        assert offer is not None
+        try:
+            self._plan = self._make_plan(offer)
+        except EdgeError as error:
+            self._why = str(error)
+            self._step(Event.PLAN_FAILED)
+            return
+        plan = self._plan
+        log.info(
+            "round %d: trains %s, peak %d of %d MiB",
+            offer.round, ", ".join(plan.blocks), plan.peak_bytes // MIB, plan.budget_bytes // MIB,
+        )  # fmt: skip
+        self._settings.report({"event": "plan", "round": offer.round, "blocks": plan.blocks})
+        self._presence()
+        self._trainer.train(Train(offer=offer, plan=plan))
+
+    def _make_plan(self, offer: Offer) -> Plan:
+        described = self._described
+        assert described is not None
+        if tuple(e.name for e in offer.blocks) != described.table.spec.names:
+            raise TaskError("the offer's blocks are not those of this device's task file")
+        profile = self._settings.profile
+        memory_bytes, bound_by = self._budget()
+        limits = Limits(
+            memory_bytes=int(memory_bytes * self._memory_share),
+            bound_by=bound_by,
+            floor_bytes=described.floor_bytes,
+            flops_per_s=profile.flops_per_s,
+            uplink_bytes_per_s=profile.uplink_bytes_per_s,
+            downlink_bytes_per_s=profile.downlink_bytes_per_s,
+            deadline_s=offer.deadline_s,
+        )
+        return choose(
+            described.table,
+            strategy_named(offer.strategy).candidates(described.table.spec, offer.open_blocks),
+            offer.training,
+            limits,
+            num_examples=described.num_examples,
+            codec=offer.codec,
+            bits_per_param=bits_per_param(offer.codec),
+        )
+
+    def _budget(self) -> tuple[int, str]:
+        """Memory the trainer may use now: what is free counts together with what it already has."""
+        memory = available_memory()
+        own = process_rss_bytes(self._trainer.pid) if self._trainer.pid else 0
+        available, group = memory.available_bytes, memory.cgroup_free_bytes
+        limit = budget(
+            self._settings.profile,
+            available_bytes=None if available is None else available + own,
+            cgroup_limit_bytes=None if group is None else group + own,
+            flag_bytes=self._settings.memory_bytes,
+        )
+        return limit.memory_bytes, limit.bound_by
+
+    def _send_leftovers(self) -> None:
+        """An update of an earlier life, or of a plan given up, still needs its receipt."""
+        if self._phase is Phase.IDLE and self._own_entries():
+            self._step(Event.SPOOLED)
+
+    def _own_entries(self) -> list[SpoolEntry]:
+        entries = [e for e in self._spool.entries() if e.job == self._settings.job]
+        for report in self._spool.take_reports():
+            log.warning("%s", report)
+        return entries
+
+    def _send_update(self) -> None:
+        if self._entry is None:
+            entries = self._own_entries()
+            if not entries:
+                raise ConfigError(f"the spool {self._settings.state_dir / 'spool'} was emptied by hand")
+            self._entry = entries[0]
+            self._presence()
+        entry = self._entry
+        self._say(
+            Open(
+                round=entry.round,
+                ticket=bytes.fromhex(entry.ticket),
+                sha256=entry.sha256,
+                size_bytes=entry.size_bytes,
+            )
+        )
+        self._open.arm(time.monotonic())
+
+    def _forget_update(self) -> None:
+        assert self._entry is not None
+        self._spool.remove(self._entry)
+        self._entry = None
+        self._open.answered()
+
+    def _decline(self) -> None:
+        offer = self._offer
+        assert offer is not None
+        log.warning("round %d: sits out: %s", offer.round, self._why)
+        self._settings.report({"event": "decline", "round": offer.round, "reason": self._why})
+        self._say(Decline(round=offer.round, reason=self._why[:2000]))
+
+    def _tally(self, round_number: int) -> None:
+        """Report what the round cost on the socket and in both processes."""
+        up, down = self._link.sent_bytes, self._link.received_bytes
+        pids = [p for p in (os.getpid(), self._trainer.pid) if p]
+        cpu_s = sum(process_cpu_s(pid) for pid in pids)
+        self._say(
+            Tally(
+                round=round_number,
+                up_bytes=up - self._up_mark,
+                down_bytes=down - self._down_mark,
+                cpu_s=max(0.0, cpu_s - self._cpu_mark_s),
+                agent_rss_bytes=process_peak_bytes(os.getpid()),
+                trainer_peak_bytes=process_peak_bytes(self._trainer.pid) if self._trainer.pid else 0,
+            )
+        )
+        self._up_mark, self._down_mark, self._cpu_mark_s = up, down, cpu_s
+
+
+_HANDLERS: dict[type, Callable[[Agent, Any], None]] = {
+    Welcome: Agent._welcome,
+    Refusal: Agent._refused,
+    Offer: Agent._offered,
+    Want: Agent._wanted,
+    Receipt: Agent._receipt,
+    Piece: Agent._piece,
+}
+
+_EFFECTS: dict[Effect, Callable[[Agent], None]] = {
+    Effect.FETCH: Agent._fetch,
+    Effect.TRAIN: Agent._train,
+    Effect.RETRAIN_LOWER: Agent._train_lower,
+    Effect.STOP_TRAINER: lambda agent: agent._trainer.give_up(),
+    Effect.SEND_UPDATE: Agent._send_update,
+    Effect.FORGET_UPDATE: Agent._forget_update,
+    Effect.DECLINE: Agent._decline,
+}

@@ -1,0 +1,373 @@
+"""A torch module seen as blocks: how it is cut, how weights get in and out, what each block costs.
+
+Any module can be cut by naming ``state_dict`` prefixes. Without names the usual layouts are
+recognised: ``nn.Sequential``; layers in a ``ModuleList`` (or nested ``Sequential``) with something
+before and after; several such branches, each a chain, joined by a trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from edge_sdk.blocks import TRUNK, Block, ModelSpec, TensorSpec
+from edge_sdk.cost import BlockCost, CostTable
+from edge_sdk.errors import TaskError
+from edge_sdk.task import Task
+
+Groups = dict[str, list[str]]
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+class BlockModel:
+    """A task's module together with its description as blocks."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        try:
+            self.module: nn.Module = task.build_model()
+        except Exception as error:
+            raise TaskError(f"task {task.name!r}: build_model() failed: {error}") from error
+        if not isinstance(self.module, nn.Module):
+            raise TaskError(
+                f"task {task.name!r}: build_model() returned {type(self.module).__name__}, "
+                "expected torch.nn.Module"
+            )
+        self.groups, self.chain_of = cut(self.module, task)
+        self.spec = _describe(self.module, self.groups, self.chain_of)
+        self._tensors = self.module.state_dict(keep_vars=True)
+
+    def tensors(self, block: str) -> dict[str, torch.Tensor]:
+        """The live tensors of a block, by name."""
+        return {t.name: self._tensors[t.name] for t in self.spec.block(block).tensors}
+
+    def read(self, block: str) -> Arrays:
+        """A block's weights as arrays that share the module's memory."""
+        return {name: t.detach().cpu().numpy() for name, t in self.tensors(block).items()}
+
+    def write(self, block: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Copy weights into the module."""
+        with torch.no_grad():
+            for name, tensor in self.tensors(block).items():
+                tensor.copy_(torch.from_numpy(np.require(arrays[name], requirements="W")))
+
+    def open_only(self, blocks: Sequence[str]) -> list[nn.Parameter]:
+        """Make exactly these blocks trainable and return their parameters.
+
+        Everything else is frozen and in evaluation mode, so that autograd records nothing below
+        the lowest open block and normalisation statistics of frozen blocks stay as they are.
+        """
+        names = {t.name for b in blocks for t in self.spec.block(b).tensors}
+        trained = []
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in names)
+            if name in names:
+                trained.append(parameter)
+        for prefix, module in self.module.named_modules():
+            own = [n for n, _ in _own_tensors(module, prefix)]
+            module.training = not own or any(n in names for n in own)
+        return trained
+
+    def run(self, inputs: Any) -> Any:
+        """The model's output for a batch of inputs (a tensor, a tuple or a dict of tensors)."""
+        if isinstance(inputs, Mapping):
+            return self.module(**inputs)
+        return self.module(*inputs) if isinstance(inputs, tuple) else self.module(inputs)
+
+
+def cut(module: nn.Module, task: Task) -> tuple[Groups, dict[str, str]]:
+    """Block name to state_dict keys, and block name to chain; TaskError when they do not partition."""
+    keys = list(module.state_dict(keep_vars=True))
+    if not keys:
+        raise TaskError(f"task {task.name!r}: the model has no tensors, there is nothing to train")
+    _refuse_shared(module)
+    if task.blocks is not None:
+        return _named(keys, task)
+    if task.chains is not None:
+        raise TaskError(f"task {task.name!r}: chains are given without blocks; name the blocks too")
+    return _found(module)
+
+
+def _refuse_shared(module: nn.Module) -> None:
+    owner: dict[int, str] = {}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.dtype not in _DTYPES:
+            raise TaskError(f"tensor {key!r}: dtype {tensor.dtype} is not supported")
+        first = owner.setdefault(id(tensor), key)
+        if first != key:
+            raise TaskError(f"tensors {first!r} and {key!r} are one and the same: untie them")
+
+
+def _named(keys: list[str], task: Task) -> tuple[Groups, dict[str, str]]:
+    blocks = dict(task.blocks or {})
+    groups: Groups = {name: [] for name in blocks}
+    for key in keys:
+        homes = [
+            name
+            for name, prefixes in blocks.items()
+            if any(key == p or key.startswith(p + ".") for p in prefixes)
+        ]
+        if len(homes) != 1:
+            fault = f"lies in blocks {homes}" if homes else "lies in no block"
+            raise TaskError(f"task {task.name!r}: tensor {key!r} {fault}; every tensor needs one")
+        groups[homes[0]].append(key)
+    empty = [name for name, members in groups.items() if not members]
+    if empty:
+        raise TaskError(f"task {task.name!r}: blocks {empty} match no tensor of the model")
+    return groups, _chains(task, groups)
+
+
+def _chains(task: Task, groups: Groups) -> dict[str, str]:
+    if task.chains is None:
+        return dict.fromkeys(groups, "main")
+    chain_of = dict.fromkeys(groups, TRUNK)
+    for chain, members in task.chains.items():
+        for name in members:
+            if chain_of.get(name) != TRUNK:
+                fault = "is in two chains" if name in groups else "does not exist"
+                raise TaskError(f"task {task.name!r}: chain {chain!r}: block {name!r} {fault}")
+            chain_of[name] = chain
+    return chain_of
+
+
+def _found(module: nn.Module) -> tuple[Groups, dict[str, str]]:
+    branches = [
+        name for name, child in module.named_children() if _layers(child) and not _is_list(child)
+    ]
+    if isinstance(module, nn.Sequential) or len(branches) < 2:
+        groups = _chain(module, "")
+        return groups, dict.fromkeys(groups, "main")
+    groups, chain_of = {}, {}
+    for name in branches:
+        part = _chain(module.get_submodule(name), name + ".")
+        groups.update(part)
+        chain_of.update(dict.fromkeys(part, name))
+    rest = [k for k in module.state_dict() if k.split(".")[0] not in branches]
+    if rest:
+        groups["head"] = rest
+        chain_of["head"] = TRUNK
+    return groups, chain_of
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _layers(module: nn.Module) -> str | None:
+    """Name of the child that holds a stack of layers; '' if the module itself is the stack."""
+    if _is_list(module):
+        return "" if len(list(module.children())) > 1 else None
+    for name, child in module.named_children():
+        if _is_list(child) and sum(1 for c in child.children() if c.state_dict()) > 1:
+            return name
+    return None
+
+
+def _chain(module: nn.Module, prefix: str) -> Groups:
+    stack = _layers(module)
+    keys = list(module.state_dict())
+    if stack == "" or stack is None:
+        return _by_child(keys, prefix, prefix)
+    place = [key.split(".")[0] for key in keys].index(stack)
+    inside = [key for key in keys if key.startswith(stack + ".")]
+    before = [k for k in keys[:place] if k not in inside]
+    after = [k for k in keys[place:] if k not in inside]
+    groups: Groups = {}
+    if before:
+        groups[prefix + "embed"] = [prefix + k for k in before]
+    groups.update(_by_child([k[len(stack) + 1 :] for k in inside], prefix + stack + ".", prefix + stack + "."))
+    if after:
+        groups[prefix + "head"] = [prefix + k for k in after]
+    return groups
+
+
+def _by_child(keys: list[str], prefix: str, name: str) -> Groups:
+    groups: Groups = {}
+    for key in keys:
+        child, _, rest = key.partition(".")
+        groups.setdefault(name + (child if rest else "own"), []).append(prefix + key)
+    return groups
+
+
+def _describe(module: nn.Module, groups: Groups, chain_of: dict[str, str]) -> ModelSpec:
+    parameters = {name for name, _ in module.named_parameters()}
+    state = module.state_dict(keep_vars=True)
+    blocks = tuple(
+        Block(
+            name=name,
+            chain=chain_of[name],
+            tensors=tuple(
+                TensorSpec(
+                    name=key,
+                    shape=tuple(state[key].shape),
+                    dtype=_DTYPES[state[key].dtype],  # type: ignore[arg-type]
+                    kind="parameter" if key in parameters else "buffer",
+                )
+                for key in keys
+            ),
+        )
+        for name, keys in groups.items()
+    )
+    return ModelSpec(blocks=blocks)
+
+
+def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    dot = prefix + "." if prefix else ""
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield dot + name, tensor
+
+
+class _Trace(TorchFunctionMode):
+    """Counts floating-point operations of one forward pass, by the block that runs.
+
+    Works on calls of torch functions, because watching operators, as torch's own counter does,
+    loads torch's compiler: seconds and 70 MiB a device does not have.
+    """
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self.block = block
+        self.flops: dict[str, int] = {}
+        self.largest_bytes: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            held = out.numel() * out.element_size()
+            self.largest_bytes[self.block] = max(held, self.largest_bytes.get(self.block, 0))
+        count = _FLOPS.get(getattr(func, "__name__", ""))
+        if count is not None:
+            first = out if isinstance(out, torch.Tensor) else out[0]
+            self.flops[self.block] = self.flops.get(self.block, 0) + int(count(first, *args))
+        return out
+
+
+def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> int:
+    weights = next(item for item in rest if isinstance(item, (list, tuple)) and len(item) > 1)
+    steps = inputs.numel() // inputs.shape[-1]
+    return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _attention_flops(_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
+    width, positions = query.shape[-1], query.numel() // query.shape[-1]
+    return positions * (8 * width * width + 4 * key.shape[0] * width)
+
+
+# A multiply-add counts as two; what is not here costs little beside these.
+_FLOPS: dict[str, Callable[..., int]] = {
+    "linear": lambda out, x, weight, *_: 2 * out.numel() * weight.shape[-1],
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "mm", "bmm", "mv"),
+        lambda out, a, *_: 2 * out.numel() * a.shape[-1],
+    ),
+    **dict.fromkeys(("addmm", "baddbmm"), lambda out, c, a, *_: 2 * out.numel() * a.shape[-1]),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d"), lambda out, x, weight, *_: 2 * out.numel() * weight[0].numel()
+    ),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        lambda out, x, weight, *_: 2 * x.numel() * weight[0].numel(),
+    ),
+    "scaled_dot_product_attention": lambda out, q, k, *_: 4 * q.numel() * k.shape[-2],
+    "multi_head_attention_forward": _attention_flops,
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _recurrent_flops),
+}
+
+
+def cost_table(model: BlockModel, inputs: Callable[[int], Any], targets: Callable[[int], Any]) -> CostTable:
+    """What each block costs, from two traced passes over small batches of real samples.
+
+    ``inputs(n)`` and ``targets(n)`` give the first n samples. Two batch sizes separate what grows
+    with the batch from what does not.
+    """
+    model.open_only(model.spec.names)
+    small, large = _saved_bytes(model, inputs(2), targets(2)), _saved_bytes(model, inputs(4), targets(4))
+    trace = _trace(model, inputs(2))
+    blocks = []
+    for block in model.spec.blocks:
+        held = large.get(block.name, 0) - small.get(block.name, 0)
+        blocks.append(
+            BlockCost(
+                name=block.name,
+                params=block.params,
+                size_bytes=block.size_bytes,
+                elements=sum(t.elements for t in block.tensors),
+                activation_bytes_per_sample=max(0, held // 2),
+                transient_bytes_per_sample=trace.largest_bytes.get(block.name, 0) // 2,
+                flops_forward_per_sample=trace.flops.get(block.name, 0) // 2,
+            )
+        )
+    return CostTable(task=model.task.name, spec=model.spec, blocks=tuple(blocks))
+
+
+def _watch(model: BlockModel, enter: Callable[[str], None]) -> list[Any]:
+    """Call ``enter(block)`` whenever a module with tensors of that block is about to run."""
+    block_of = {t.name: b.name for b in model.spec.blocks for t in b.tensors}
+    handles = []
+    for prefix, module in model.module.named_modules():
+        inside = [block_of[k] for k in block_of if k.startswith(prefix + ".")] if prefix else []
+        own = [block_of[n] for n, _ in _own_tensors(module, prefix)]
+        homes = set(own or inside)
+        if prefix and len(homes) == 1:
+            home = homes.pop()
+            handles.append(module.register_forward_pre_hook(lambda *_, home=home: enter(home)))
+    return handles
+
+
+def _trace(model: BlockModel, inputs: Any) -> _Trace:
+    trace = _Trace(model.spec.names[0])
+    handles = _watch(model, lambda block: setattr(trace, "block", block))
+    try:
+        with torch.no_grad(), trace:
+            model.run(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _saved_bytes(model: BlockModel, inputs: Any, targets: Any) -> dict[str, int]:
+    """Bytes autograd keeps for backward, by block; parameters and repeats not counted."""
+    seen = {t.untyped_storage().data_ptr() for t in model.module.state_dict().values()}
+    held: dict[str, int] = {}
+    current = [model.spec.names[0]]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            held[current[0]] = held.get(current[0], 0) + storage.nbytes()
+        return tensor
+
+    handles = _watch(model, lambda block: current.__setitem__(0, block))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.task.loss(model.run(inputs), targets)
+            del loss
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"task {model.task.name!r}: the model or its loss fails on its own data: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return held

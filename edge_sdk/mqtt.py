@@ -1,0 +1,599 @@
+"""``Link``: a connection to an MQTT broker that comes back by itself. The only importer of paho.
+
+One thread per link owns everything: it connects, moves bytes, keeps the connection alive and
+reconnects. Other threads hand it work through ``publish`` and ``subscribe`` and read what happened
+from one queue. Each connection gets a fresh paho client, so nothing of an earlier connection is
+replayed, and a payload offered while offline is refused instead of being held in memory.
+
+A PUBACK says that the broker has the message, not that anybody else has: end-to-end receipts are
+the callers' business.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import secrets
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from edge_sdk.errors import BrokerRefused, BrokerUnreachable, LinkError, ProtocolMisuse
+from edge_sdk.link import (
+    ACK_LIMIT_S,
+    KEEPALIVE_S,
+    Arrived,
+    Comeback,
+    Greeting,
+    LinkDown,
+    LinkEvent,
+    LinkUp,
+    ProtocolName,
+    Setup,
+    Shared,
+    Vigil,
+    explain,
+    guarded,
+    make_setup,
+    no_broker,
+    plain,
+    refusal,
+    taken_over,
+    tune,
+)
+
+# Some brokers cut at the announced second instead of the 1.5-fold the standard allows.
+KEEPALIVE_GRACE_S = 2
+TCP_LIMIT_S = 5.0
+# A broker without MQTT 5 may keep silent instead of refusing it.
+TRY_NEWEST_S = 3.0
+CONNACK_LIMIT_S = 10.0
+SUBACK_LIMIT_S = 10.0
+CLOSE_LIMIT_S = 2.0
+# Brokers announce 10 to 65535; more than this adds memory, not speed.
+INFLIGHT_MAX = 64
+# No message of ours comes near it; a longer one is an attack or another protocol.
+MAX_PACKET_BYTES = 1 << 20
+RECV_BYTES = 1 << 16
+# Fixed header, topic length, packet id, and room for an empty MQTT 5 property list.
+PUBLISH_OVERHEAD_BYTES = 5 + 2 + 2 + 1
+
+_CONNACK_BYTE = 0x20
+_SESSION_TAKEN_OVER, _UNSUPPORTED_VERSION = 0x8E, 0x84
+
+_log = logging.getLogger(__name__)
+
+
+def connect_once(
+    url: str, timeout_s: float = 10.0, *, client_id: str | None = None, ca_file: str | None = None
+) -> Greeting:
+    """Connect, say goodbye and tell what the broker offers; BrokerUnreachable or BrokerRefused.
+
+    Without ``client_id`` a random one is used, so that a running client is not disturbed.
+    ``timeout_s`` does not bound how long the system looks for the host's name.
+    """
+    setup = make_setup(url, client_id or f"edge-check-{secrets.token_hex(4)}", ca_file=ca_file)
+    shared = Shared()
+    try:
+        connection = _negotiate(partial(_Connection, setup, shared), None, timeout_s)
+        connection.say_goodbye()
+    finally:
+        shared.alarm.close()
+    return connection.greeting
+
+
+class Link:
+    """A connection that comes back by itself; events go to ``inbox`` from its own thread."""
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        inbox: queue.SimpleQueue[LinkEvent],
+        *,
+        keepalive_s: int = KEEPALIVE_S,
+        ca_file: str | None = None,
+        will: tuple[str, bytes] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """``will`` is (topic, payload): published retained, at QoS 1, when we vanish."""
+        self._setup = make_setup(url, client_id, keepalive_s, ca_file, will)
+        self._inbox = inbox
+        self._comeback = Comeback(rng or random.Random())
+        self._shared = Shared(self._deliver)
+        # Guards the four below; no callback takes it, because paho's own locks are taken inside.
+        self._lock = threading.Lock()
+        self._filters: tuple[str, ...] = ()
+        self._connection: _Connection | None = None
+        self._connected = False
+        self._greeting: Greeting | None = None
+        self._held: list[Arrived] | None = None
+        self._last_reason = ""
+        self._thread = threading.Thread(target=self._run, name=f"link-{client_id}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect in the background; never raises for the network's sake."""
+        self._thread.start()
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Receive what matches, from now on and after every reconnection."""
+        with self._lock:
+            if topic_filter in self._filters:
+                return
+            self._filters = (*self._filters, topic_filter)
+            if self._connection is not None:
+                self._connection.subscribe((topic_filter,))
+        self._shared.alarm.ring()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        """Hand over one message at QoS 1; False, and nothing kept, when not connected."""
+        with self._lock:
+            if self._connection is None or not self._connected:
+                return False
+            limit_bytes = self._connection.greeting.max_packet_bytes or MAX_PACKET_BYTES
+            packet_bytes = len(payload) + len(topic.encode()) + PUBLISH_OVERHEAD_BYTES
+            if packet_bytes > limit_bytes:
+                raise ProtocolMisuse(
+                    f"{topic}: a packet of {packet_bytes} bytes, the broker takes at most "
+                    f"{limit_bytes}; send it in pieces"
+                )
+            accepted = self._connection.publish(topic, payload, retain)
+        self._shared.alarm.ring()
+        return accepted
+
+    def wait_below(self, limit_bytes: int, timeout_s: float) -> bool:
+        """Wait until at most ``limit_bytes`` are unacknowledged; False when that took too long.
+
+        A lost connection forgets what it had pending, and so ends the wait too.
+        """
+        return self._shared.window.wait_below(limit_bytes, timeout_s)
+
+    def close(self) -> None:
+        """Send what was handed over, say goodbye and stop; takes some seconds at most."""
+        self._shared.closing.set()
+        self._shared.alarm.ring()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_LIMIT_S + 1)
+        else:
+            self._shared.alarm.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether ``publish`` would accept a message."""
+        return self._connected
+
+    @property
+    def protocol(self) -> ProtocolName | None:
+        """MQTT version of this connection or the last one; None before the first."""
+        return self._greeting.protocol if self._greeting else None
+
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """Largest packet the broker takes, if it said so."""
+        return self._greeting.max_packet_bytes if self._greeting else None
+
+    @property
+    def pending(self) -> int:
+        """Messages handed over that the broker has not acknowledged."""
+        return self._shared.window.count
+
+    @property
+    def pending_bytes(self) -> int:
+        """Payload bytes handed over that the broker has not acknowledged."""
+        return self._shared.window.size_bytes
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes written to the socket over all connections; under TLS, before encryption."""
+        return self._shared.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes read from the socket over all connections; under TLS, after decryption."""
+        return self._shared.received_bytes
+
+    def _run(self) -> None:
+        closing = self._shared.closing
+        while not closing.is_set():
+            try:
+                connection, lived_s = self._live_once()
+            except LinkError as error:
+                reason = str(error)
+                self._comeback.failed(isinstance(error, BrokerRefused))
+            else:
+                reason = connection.reason
+                self._comeback.ended(lived_s, connection.closed_by_broker)
+            if closing.is_set():
+                break
+            self._report_down(reason)
+            if self._comeback.taken_over:
+                self._inbox.put(taken_over(self._setup, reason))
+                break
+            closing.wait(self._comeback.wait_s())
+        self._shared.alarm.close()
+
+    def _live_once(self) -> tuple[_Connection, float]:
+        """One connection from greeting to end; LinkError when it never came to be."""
+        known = self._greeting.protocol if self._greeting else None
+        connection = _negotiate(
+            partial(_Connection, self._setup, self._shared), known, CONNACK_LIMIT_S
+        )
+        born_s = time.monotonic()
+        try:
+            self._serve(connection)
+        except Exception as error:  # a hostile packet may break the parser anywhere
+            _log.exception("link %s: connection dropped", self._setup.client_id)
+            connection.abort(f"dropped on {type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                self._connection, self._connected = None, False
+            self._shared.window.clear()
+            connection.close()
+        return connection, time.monotonic() - born_s
+
+    def _serve(self, connection: _Connection) -> None:
+        self._held = []
+        with self._lock:
+            self._connection, self._greeting = connection, connection.greeting
+            known_filters = self._filters
+        connection.subscribe_and_wait(known_filters)
+        if connection.alive:
+            with self._lock:
+                self._connected = True
+            self._last_reason = ""
+            self._inbox.put(LinkUp(connection.greeting.protocol))
+            for event in self._held:
+                self._inbox.put(event)
+        self._held = None
+        while connection.alive and not self._shared.closing.is_set():
+            connection.step()
+            connection.check_alive()
+        if connection.alive:
+            with self._lock:
+                self._connected = False
+            connection.say_goodbye()
+
+    def _deliver(self, topic: str, payload: bytes) -> None:
+        # Some brokers hand retained messages to clients that never subscribed to them.
+        if not any(f == topic or paho.topic_matches_sub(f, topic) for f in self._filters):
+            return
+        event = Arrived(topic, payload)
+        if self._held is None:
+            self._inbox.put(event)
+        else:
+            self._held.append(event)
+
+    def _report_down(self, reason: str) -> None:
+        if reason != self._last_reason:
+            self._last_reason = reason
+            self._inbox.put(LinkDown(reason))
+
+
+class _Client(paho.Client):
+    """paho's client, counting every byte and refusing what no MQTT broker would send.
+
+    ``_sock_send`` and ``_sock_recv`` are the only two places where paho touches the socket's
+    data; nothing public shows PUBACKs, pings, headers and half-sent packets as bytes.
+    """
+
+    def __init__(self, setup: Setup, shared: Shared, protocol: ProtocolName) -> None:
+        newest = protocol == "5"
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id=setup.client_id,
+            clean_session=None if newest else True,
+            protocol=MQTTProtocolVersion.MQTTv5 if newest else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        self._shared = shared
+        self.opening = b""
+        self.ending = ""
+        self.orderly = False
+        # Without it paho would write from whichever thread publishes, and mix up packets.
+        self.on_socket_register_write = lambda client, userdata, sock: None
+
+    def ping(self) -> None:
+        """Queue a PINGREQ; paho's own timer drops connections that are merely slow."""
+        self._send_pingreq()
+
+    def limit_inflight(self, limit: int) -> None:
+        """Obey the broker's Receive Maximum, known only once connected."""
+        self._max_inflight_messages = limit
+
+    def drop(self) -> None:
+        """Close the socket without a goodbye."""
+        self._sock_close()
+
+    def _sock_send(self, buf: bytes | bytearray) -> int:
+        try:
+            count = super()._sock_send(buf)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.ending = self.ending or plain(error)
+            raise
+        self._shared.sent_bytes += count
+        return count
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        try:
+            if bufsize > MAX_PACKET_BYTES:
+                raise ConnectionError(f"it sent {bufsize} bytes in one, limit {MAX_PACKET_BYTES}")
+            data = super()._sock_recv(min(bufsize, RECV_BYTES))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.ending = self.ending or plain(error)
+            raise
+        self._shared.received_bytes += len(data)
+        if not data:
+            self.orderly = True
+            self.ending = self.ending or "the broker closed the connection"
+        elif not self.opening:
+            self.opening = data
+            if data[0] != _CONNACK_BYTE:
+                self._reject_foreigner(data)
+        return data
+
+    def _reject_foreigner(self, data: bytes) -> None:
+        with suppress(OSError):
+            more = super()._sock_recv(20)
+            self._shared.received_bytes += len(more)
+            data += more
+        self.ending = f"it answered {data!r}"
+        raise ConnectionError(self.ending)
+
+
+class _Silent(BrokerUnreachable):
+    """Connected to something that gave no answer to CONNECT."""
+
+
+class _OtherVersion(BrokerRefused):
+    """The broker does not speak this version of MQTT."""
+
+
+class _Connection:
+    """One connection from the TCP handshake to its end, owned by one thread."""
+
+    def __init__(self, setup: Setup, shared: Shared, protocol: ProtocolName) -> None:
+        self._setup, self._shared = setup, shared
+        self.greeting = Greeting(protocol)
+        self.reason = ""
+        self.closed_by_broker = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(shared.alarm.bell, selectors.EVENT_READ)
+        self._watched = 0
+        self._backlog = False
+        self._connack: tuple[ReasonCode, Properties] | None = None
+        self._awaited_mid: int | None = None
+        self._vigil = Vigil(setup.keepalive_s, time.monotonic())
+        self._client = self._make_client(protocol)
+
+    def _make_client(self, protocol: ProtocolName) -> _Client:
+        client = _Client(self._setup, self._shared, protocol)
+        address = self._setup.address
+        if address.username is not None:
+            client.username_pw_set(address.username, address.password)
+        if self._setup.tls is not None:
+            client.tls_set_context(self._setup.tls)
+        if self._setup.will is not None:
+            topic, payload = self._setup.will
+            client.will_set(topic, payload, qos=1, retain=True)
+        client.on_connect = guarded(self._on_connect)
+        client.on_disconnect = guarded(self._on_disconnect)
+        client.on_message = guarded(self._on_message)
+        client.on_publish = guarded(self._on_publish)
+        client.on_subscribe = guarded(self._on_subscribe)
+        return client
+
+    @property
+    def alive(self) -> bool:
+        """Whether the socket is still open."""
+        return self._client.socket() is not None
+
+    def greet(self, limit_s: float) -> None:
+        """Connect and wait for CONNACK; on any failure close, and raise what was seen."""
+        try:
+            self._open(limit_s)
+            deadline_s = time.monotonic() + limit_s
+            while self.alive and self._connack is None:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or self._shared.closing.is_set():
+                    self.abort(f"no answer in {limit_s:.1f} s")
+                    break
+                self.step(left_s)
+            self._judge_greeting()
+        except LinkError:
+            self.close()
+            raise
+        except Exception as error:  # a hostile answer may break the parser anywhere
+            self.close()
+            raise BrokerUnreachable(no_broker(self._setup.address, repr(error))) from error
+
+    def _open(self, limit_s: float) -> None:
+        address, client = self._setup.address, self._client
+        client.connect_timeout = min(TCP_LIMIT_S, limit_s)
+        properties = None
+        if self.greeting.protocol == "5":
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.MaximumPacketSize = MAX_PACKET_BYTES
+        announced_s = self._setup.keepalive_s + KEEPALIVE_GRACE_S
+        try:
+            client.connect(address.host, address.port, announced_s, properties=properties)
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be a host's
+            raise explain(address, error) from error
+        tune(client.socket())
+
+    def _judge_greeting(self) -> None:
+        if self._connack is None:
+            kind = BrokerUnreachable if self._client.opening else _Silent
+            raise kind(no_broker(self._setup.address, self._client.ending or self.reason))
+        reason, properties = self._connack
+        if reason.value == _UNSUPPORTED_VERSION:
+            raise _OtherVersion(refusal(self._setup, str(reason), reason.value))
+        if reason.is_failure:
+            raise BrokerRefused(refusal(self._setup, str(reason), reason.value))
+        self._accept_terms(properties)
+
+    def _accept_terms(self, properties: Properties) -> None:
+        limit_bytes = getattr(properties, "MaximumPacketSize", None)
+        self.greeting = Greeting(self.greeting.protocol, limit_bytes)
+        self._client.limit_inflight(
+            min(INFLIGHT_MAX, getattr(properties, "ReceiveMaximum", INFLIGHT_MAX))
+        )
+        prescribed_s = getattr(properties, "ServerKeepAlive", None)
+        keepalive_s = self._setup.keepalive_s
+        if prescribed_s:
+            keepalive_s = min(keepalive_s, max(1, prescribed_s - KEEPALIVE_GRACE_S))
+        self._vigil = Vigil(keepalive_s, time.monotonic())
+
+    def subscribe(self, topic_filters: tuple[str, ...]) -> int | None:
+        """Queue one SUBSCRIBE for all of these; its packet id."""
+        return self._client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])[1]
+
+    def publish(self, topic: str, payload: bytes, retain: bool) -> bool:
+        """Queue one PUBLISH at QoS 1."""
+        window = self._shared.window
+        window.reserve(len(payload), time.monotonic())
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            window.cancel(len(payload))
+            return False
+        window.name(info.mid, len(payload))
+        return True
+
+    def subscribe_and_wait(self, topic_filters: tuple[str, ...]) -> None:
+        """Subscribe, and serve until the answer is here, the connection ends or time is up."""
+        self._awaited_mid = self.subscribe(topic_filters) if topic_filters else None
+        deadline_s = time.monotonic() + SUBACK_LIMIT_S
+        while self.alive and self._awaited_mid is not None and not self._shared.closing.is_set():
+            self.step(deadline_s - time.monotonic())
+            if time.monotonic() >= deadline_s:
+                self.abort(f"no answer to a subscription in {SUBACK_LIMIT_S:.0f} s")
+
+    def step(self, limit_s: float | None = None) -> None:
+        """Wait for the socket, the alarm or the next deadline, then move bytes."""
+        client, shared = self._client, self._shared
+        sock = client.socket()
+        if not isinstance(sock, socket.socket):
+            return
+        buffered = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        self._watch(sock)
+        ready = self._selector.select(0 if buffered else max(0.0, self._patience_s(limit_s)))
+        shared.alarm.silence()
+        sent_bytes, received_bytes = shared.sent_bytes, shared.received_bytes
+        if buffered or any(key.fileobj is sock for key, _ in ready):
+            client.loop_read()
+        if client.want_write():
+            client.loop_write()
+        now_s = time.monotonic()
+        wrote = shared.sent_bytes > sent_bytes
+        if wrote:
+            self._vigil.sent(now_s)
+        if shared.received_bytes > received_bytes or (wrote and self._backlog):
+            self._vigil.heard(now_s)
+        self._backlog = client.want_write()
+        if not self.alive:
+            self.reason = self.reason or client.ending or "the connection ended"
+            self.closed_by_broker = self.closed_by_broker or client.orderly
+
+    def _watch(self, sock: socket.socket) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+        if self._watched == 0:
+            self._selector.register(sock, events)
+        elif self._watched != events:
+            self._selector.modify(sock, events)
+        self._watched = events
+
+    def _patience_s(self, limit_s: float | None) -> float:
+        if limit_s is not None:
+            return limit_s
+        now_s = time.monotonic()
+        dead_in_s = self._vigil.dead_in_s(now_s)
+        # A backlog is traffic enough; a ping would only queue behind it.
+        return dead_in_s if self._backlog else min(dead_in_s, self._vigil.ping_in_s(now_s))
+
+    def check_alive(self) -> None:
+        """Ping when it is time, and end a connection nothing comes through any more."""
+        now_s = time.monotonic()
+        if self._vigil.dead_in_s(now_s) == 0:
+            self.abort(f"no sign of life from the broker for {self._vigil.dead_after_s:.0f} s")
+        elif self._shared.window.overdue(now_s):
+            self.abort(f"the broker acknowledged nothing for {ACK_LIMIT_S:.0f} s")
+        elif not self._backlog and self._vigil.ping_in_s(now_s) == 0:
+            self._vigil.asked()
+            self._client.ping()
+
+    def say_goodbye(self) -> None:
+        """Send what is queued and DISCONNECT, as far as that goes in a short time."""
+        self._client.disconnect()
+        deadline_s = time.monotonic() + CLOSE_LIMIT_S
+        while self.alive and time.monotonic() < deadline_s:
+            self.step(deadline_s - time.monotonic())
+        self.close()
+
+    def abort(self, reason: str) -> None:
+        """End the connection without a goodbye, and remember why."""
+        self.reason = self.reason or reason
+        self._client.drop()
+
+    def close(self) -> None:
+        """Give sockets back; no further call is allowed."""
+        self._client.drop()
+        self._selector.close()
+
+    def _on_connect(self, reason: ReasonCode, properties: Properties) -> None:
+        self._connack = (reason, properties)
+
+    def _on_disconnect(self, flags: paho.DisconnectFlags, reason: ReasonCode, _: object) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self.reason = self.reason or f"the broker ended the connection: {reason}"
+            self.closed_by_broker = reason.value == _SESSION_TAKEN_OVER
+
+    def _on_message(self, message: paho.MQTTMessage) -> None:
+        self._shared.deliver(message.topic, bytes(message.payload))
+
+    def _on_publish(self, mid: int, reason: ReasonCode, _: object) -> None:
+        self._shared.window.acknowledge(mid, time.monotonic())
+        if reason.is_failure:
+            _log.warning("%s: the broker refused a message: %s", self._setup.client_id, reason)
+
+    def _on_subscribe(self, mid: int, reasons: list[ReasonCode], _: object) -> None:
+        if mid == self._awaited_mid:
+            self._awaited_mid = None
+        for reason in reasons:
+            if reason.is_failure:
+                _log.warning("%s: subscription refused: %s", self._setup.client_id, reason)
+
+
+def _negotiate(
+    make: Callable[[ProtocolName], _Connection], known: ProtocolName | None, limit_s: float
+) -> _Connection:
+    """A greeted connection: MQTT 5 unless 3.1.1 is known, 3.1.1 where 5 gets no for an answer."""
+    deadline_s = time.monotonic() + limit_s
+    if known != "3.1.1":
+        connection = make("5")
+        try:
+            connection.greet(limit_s if known else min(TRY_NEWEST_S, limit_s / 2))
+        except _OtherVersion:
+            pass
+        except _Silent:
+            if known:
+                raise
+        else:
+            return connection
+    connection = make("3.1.1")
+    connection.greet(max(0.1, deadline_s - time.monotonic()))
+    return connection

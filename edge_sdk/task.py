@@ -1,0 +1,105 @@
+"""The user's task: how to build the model, its blocks, its loss and its data.
+
+A task file is a Python file with a function ``task()`` that returns a ``Task``. It runs with the
+rights of whoever starts the command, like any program; nothing of it ever travels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.errors import TaskError
+from edge_sdk.wire import DEVICE_ID, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned, on which data.
+
+    name:         label of the task, a-z, 0-9 and '-'.
+    build_model:  returns the ``torch.nn.Module``; the same architecture on every machine.
+    loss:         ``loss(output, targets)``, a scalar tensor, the mean over the samples.
+    train_data:   ``train_data(part, parts)`` returns ``(inputs, targets)`` of this device, samples
+                  along the first axis. Inputs: an array, or a tuple or dict of arrays passed to the
+                  model as arguments. A device with its own data ignores ``part`` and ``parts``.
+    test_data:    held-out ``(inputs, targets)`` for the server, or None.
+    public_data:  ``(inputs, targets)`` the server may pre-train on, or None.
+    blocks:       block name to the prefixes of ``state_dict`` keys in it, from the input to the
+                  output, the head last; None finds the blocks in the usual model layouts.
+    chains:       chain name to its block names, for models with several inputs; blocks in no chain
+                  form the trunk that joins them.
+    training:     optimiser, learning rate, batch size, local epochs.
+    pretrain_epochs, pretraining: how the server trains on ``public_data`` before the first round.
+    """
+
+    name: str
+    build_model: Callable[[], Any]
+    loss: Callable[[Any, Any], Any]
+    train_data: Callable[[int, int], tuple[Any, Any]]
+    test_data: Callable[[], tuple[Any, Any]] | None = None
+    public_data: Callable[[], tuple[Any, Any]] | None = None
+    blocks: Mapping[str, Sequence[str]] | None = None
+    chains: Mapping[str, Sequence[str]] | None = None
+    training: Training = field(default_factory=Training)
+    pretrain_epochs: int = 0
+    pretraining: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or re.match(DEVICE_ID, self.name) is None:
+            raise TaskError(f"Task(name={self.name!r}): use 1 to 64 of the characters a-z, 0-9, '-'")
+        for attribute in ("build_model", "loss", "train_data"):
+            if not callable(getattr(self, attribute)):
+                raise TaskError(f"Task({attribute}=...) of {self.name!r} is not callable")
+        if not isinstance(self.training, Training) or not isinstance(self.pretraining, Training):
+            raise TaskError(f"Task {self.name!r}: training and pretraining must be Training(...)")
+
+
+def load_task(path: Path) -> Task:
+    """The task of a task file; TaskError says what is wrong with the file and where."""
+    if not path.is_file():
+        raise TaskError(f"task file {path}: no such file; give a Python file that defines task()")
+    module = _import(path)
+    make = getattr(module, "task", None)
+    if not callable(make):
+        raise TaskError(f"task file {path}: defines no function task(); add `def task() -> Task:`")
+    try:
+        task = make()
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task file {path}: task() failed {_place(error, path)}") from error
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"task file {path}: task() returned {type(task).__name__}, expected edge_sdk.Task"
+        )
+    return task
+
+
+def _import(path: Path) -> Any:
+    name = f"edge_sdk_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task file {path}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise TaskError(f"task file {path}: does not import {_place(error, path)}") from error
+    return module
+
+
+def _place(error: BaseException, path: Path) -> str:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    where = f"at line {lines[-1]}" if lines else ""
+    return f"{where}: {type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Reference server: rounds, the ledger, versions and the broker of a federated job."""

@@ -1,0 +1,594 @@
+"""The server's main loop: one queue in, the round's decisions out.
+
+What must survive a crash is in the ledger and the version store before it is said. After a kill
+the same code starts, finds the open round and continues it: devices greet the new incarnation,
+those already counted are told so, the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
+from edge_sdk.merge import BlockSum
+from edge_sdk.mqtt import Arrived, Link, LinkDown, LinkUp, TakenOver
+from edge_sdk.pieces import piece_range
+from edge_sdk.probe import process_cpu_s, process_peak_bytes
+from edge_sdk.strategies import strategy_named
+from edge_sdk.wire import (
+    DEFAULT_PIECE_BYTES,
+    Decline,
+    Head,
+    Hello,
+    Offer,
+    Open,
+    Piece,
+    Presence,
+    Receipt,
+    Refusal,
+    Tally,
+    Topics,
+    Training,
+    Want,
+    Welcome,
+    decode,
+    encode,
+    encode_piece,
+)
+from reference_server import fleet as fleets
+from reference_server.evaluate import Evaluator
+from reference_server.export import export_onnx, export_safetensors
+from reference_server.ingest import Ingest, RoundTerms
+from reference_server.ledger import Ledger, RoundRow
+from reference_server.report import ROW_KEYS, RunReport
+from reference_server.rounds import (
+    Action,
+    Phase,
+    RoundPolicy,
+    RoundView,
+    decide,
+    opened_at_s,
+)
+from reference_server.trust import Tickets
+from reference_server.versions import Manifest, VersionStore
+
+# One answer to a Want: what a device may keep under way, whatever it asks for.
+MAX_PIECES_PER_WANT = 64
+MAX_ABANDONED_IN_A_ROW = 3
+TALLY_WAIT_S = 5.0
+
+log = logging.getLogger("reference_server")
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What ``reference-server run`` was asked to do."""
+
+    url: str
+    job: str
+    task_path: Path
+    state_dir: Path
+    strategy: str = "last_blocks"
+    codec: str = "int8"
+    rounds: int = 10
+    seed: int = 0
+    min_devices: int = 1
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
+    threads: int = 0
+    export: bool = True
+    report: Callable[[Event], None] = field(default=lambda event: None)
+
+
+class Coordinator:
+    """Runs one job to its end."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._started_s = time.monotonic()
+        self._strategy = strategy_named(settings.strategy)
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._topics = Topics(settings.job)
+        self._rng = random.Random()
+        self._boot = secrets.token_hex(8)
+        self._ledger = Ledger.open(settings.state_dir)
+        self._versions = VersionStore(settings.state_dir)
+        self._versions.sweep()
+        self._evaluator = Evaluator(settings.task_path, settings.seed)
+        self._training = msgspec.structs.replace(self._evaluator.task.training, seed=settings.seed)
+        self._settle_terms()
+        tickets = Tickets.load_or_create(settings.state_dir)
+        spec = self._evaluator.spec
+        self._tickets = tickets
+        self._fleet = fleets.Fleet(spec.digest())
+        self._ingest = Ingest(
+            settings.job, spec, self._strategy, self._ledger, tickets, self._rng
+        )
+        self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
+        self._row: RoundRow | None = None
+        self._opened_at_s = self._last_answer_s = 0.0
+        self._abandoned = 0
+        self._dropped = 0
+        self._manifest = self._first_version()
+        self._report = RunReport(
+            settings.state_dir / "report.json",
+            {"strategy": settings.strategy, "task": self._evaluator.task.name, "seed": settings.seed},
+            spec,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run the job to its last round; returns the report."""
+        self._link.subscribe(self._topics.all_up)
+        self._link.subscribe(self._topics.all_presence)
+        self._link.start()
+        try:
+            self._resume()
+            while not self._finished():
+                self._handle(self._next())
+                self._look_at_round()
+                self._repeat()
+            return self._finish()
+        finally:
+            self._link.close()
+            self._ledger.close()
+
+    # -- start ------------------------------------------------------------------------------
+
+    def _settle_terms(self) -> None:
+        """The terms a job was started with stand; StateError when it is continued on others."""
+        mine = self._settings
+        asked = {
+            "strategy": mine.strategy,
+            "codec": mine.codec,
+            "seed": mine.seed,
+            "training": msgspec.to_builtins(self._training),
+        }
+        stored = self._ledger.open_job(mine.job, self._evaluator.spec.digest(), asked)
+        for key, value in asked.items():
+            if stored.get(key) != value:
+                raise StateError(
+                    f"{mine.state_dir}: job {mine.job!r} was started with {key} {stored.get(key)!r}, "
+                    f"now {value!r} is asked for: continue with the old value, or start a new job in "
+                    "another state directory"
+                )
+
+    def _first_version(self) -> Manifest:
+        """The latest version; when there is none yet, pre-train and enter version 0."""
+        job = self._settings.job
+        latest = self._ledger.latest_version(job)
+        if latest is not None:
+            return self._versions.load_manifest(latest.version, latest.sha)
+        steps = 0
+
+        def progress() -> None:
+            nonlocal steps
+            steps += 1
+            self._say({"event": "pretrain", "step": steps})
+
+        samples, loss = self._evaluator.pretrain(progress)
+        spec = self._evaluator.spec
+        entries = tuple(
+            self._versions.put_block(b, self._evaluator.weights(b.name)) for b in spec.blocks
+        )
+        manifest = Manifest(
+            job=job, version=0, round=0, parent_sha="", created_s=time.time(), blocks=entries
+        )
+        self._versions.write_manifest(manifest)
+        self._ledger.record_base(job, manifest.model_sha256)
+        measured = self._evaluator.measure(self._versions, manifest)
+        accuracy = None if measured is None else measured[1]
+        self._say(
+            {"event": "base", "samples": samples, "steps": steps, "loss": loss, "accuracy": accuracy}
+        )
+        return manifest
+
+    def _resume(self) -> None:
+        """Continue the round that a killed incarnation left open or half closed."""
+        row = self._ledger.current_round(self._settings.job)
+        if row is None or row.phase not in (Phase.PLANNED, Phase.OPEN, Phase.CLOSING):
+            return
+        self._row = row
+        if row.phase is Phase.CLOSING:
+            self._merge()
+        elif row.phase is Phase.OPEN:
+            now_s = time.monotonic()
+            self._opened_at_s = opened_at_s(
+                self._settings.policy, row.extensions, row.remaining_s, now_s
+            )
+            self._last_answer_s = now_s
+            self._set_terms(row)
+            self._say({"event": "resumed", "round": row.round})
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def _say(self, event: Event) -> None:
+        self._settings.report(event)
+
+    def _next(self) -> Any:
+        now_s = time.monotonic()
+        due = [now_s + 1.0 if self._row is None else self._decision().until_s]
+        asked_s = self._ingest.next_due_s()
+        if asked_s is not None:
+            due.append(asked_s)
+        try:
+            return self._inbox.get(timeout=max(0.0, min(due) - now_s))
+        except queue.Empty:
+            return None
+
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, Arrived):
+            try:
+                self._arrived(event)
+            except PeerError as error:
+                self._dropped += 1
+                log.warning("dropped a message on %s: %s", event.topic, error)
+        elif isinstance(event, LinkUp):
+            self._announce("running")
+            self._say({"event": "link", "protocol": event.protocol})
+        elif isinstance(event, LinkDown):
+            log.warning("link to the broker is down: %s", event.reason)
+        elif isinstance(event, TakenOver):
+            raise StateError(
+                f"another server of job {self._settings.job!r} is connected to this broker; a job "
+                "has one server: stop the other one, or use another --job"
+            )
+
+    def _arrived(self, event: Arrived) -> None:
+        device = self._topics.device_of(event.topic)
+        now_s = time.monotonic()
+        if event.topic == self._topics.presence(device):
+            self._presence(device, event.payload, now_s)
+            return
+        try:
+            message = decode(event.payload)
+        except MalformedMessage as error:
+            self._to(device, Refusal(reason=str(error)))
+            raise
+        self._fleet.heard(device, now_s)
+        handler = _HANDLERS.get(type(message))
+        if handler is None:
+            raise MalformedMessage(f"a device does not send {type(message).__name__}")
+        handler(self, device, message, now_s)
+
+    def _presence(self, device: str, payload: bytes, now_s: float) -> None:
+        if not payload:
+            return
+        message = decode(payload)
+        if not isinstance(message, Presence):
+            raise MalformedMessage(f"{type(message).__name__} on a presence topic")
+        state = fleets.Presence(message.state)
+        if self._fleet.presence(device, state, message.session, now_s):
+            self._say({"event": "presence", "device": device, "state": message.state})
+
+    def _to(self, device: str, message: Any) -> None:
+        self._link.publish(self._topics.down(device), encode(message))
+
+    def _announce(self, state: str) -> None:
+        head = msgspec.convert(
+            {"boot": self._boot, "version": self._manifest.version, "state": state}, Head
+        )
+        self._link.publish(self._topics.head, encode(head), retain=True)
+
+    def _repeat(self) -> None:
+        now_s = time.monotonic()
+        for device in self._ingest.due(now_s):
+            want = self._ingest.ask(device, now_s)
+            if want is not None:
+                self._to(device, want)
+
+    # -- what devices say -------------------------------------------------------------------
+
+    def _hello(self, device: str, message: Hello, now_s: float) -> None:
+        try:
+            self._fleet.hello(device, message, now_s)
+        except Refused as error:
+            self._to(device, Refusal(reason=str(error)))
+            raise
+        self._to(device, Welcome(boot=self._boot, session=message.session))
+        self._say({"event": "device", "device": device, "profile": message.profile})
+        if self._row is not None and self._row.phase is Phase.OPEN:
+            answers = self._ledger.answers(self._settings.job, self._row.round)
+            if device not in answers.verdicts:
+                self._offer([device])
+
+    def _want(self, device: str, want: Want, _now_s: float) -> None:
+        entry = next((e for e in self._manifest.blocks if e.sha256 == want.sha256), None)
+        if entry is None:
+            raise MalformedMessage(f"{device} wants {want.sha256}, no block of the latest version")
+        total = -(-entry.size_bytes // want.piece_bytes)
+        wanted = [index for first, stop in want.ranges for index in range(first, min(stop, total))]
+        for index in wanted[:MAX_PIECES_PER_WANT]:
+            start, stop = piece_range(index, entry.size_bytes, want.piece_bytes)
+            data = self._versions.read_piece(want.sha256, start, stop - start)
+            payload = encode_piece(want.sha256, index, total, data)
+            self._link.publish(self._topics.down(device), payload)
+
+    def _open(self, device: str, message: Open, now_s: float) -> None:
+        self._report.opened(message.round, device)
+        self._answer(device, self._ingest.open(device, message, now_s), now_s)
+
+    def _piece(self, device: str, piece: Piece, now_s: float) -> None:
+        self._answer(device, self._ingest.piece(device, piece, now_s), now_s)
+
+    def _answer(self, device: str, answer: Receipt | Want | None, now_s: float) -> None:
+        if answer is None:
+            return
+        self._to(device, answer)
+        if isinstance(answer, Receipt):
+            self._last_answer_s = now_s
+            self._say(
+                {
+                    "event": "update",
+                    "device": device,
+                    "round": answer.round,
+                    "verdict": answer.verdict,
+                    "reason": answer.reason,
+                }
+            )
+
+    def _declined(self, device: str, message: Decline, now_s: float) -> None:
+        if self._row is not None and message.round == self._row.round:
+            if self._ledger.record_decline(
+                self._settings.job, message.round, device, message.reason
+            ):
+                self._last_answer_s = now_s
+                self._say({"event": "decline", "device": device, "reason": message.reason})
+
+    def _tallied(self, device: str, message: Tally, _now_s: float) -> None:
+        self._report.tally(device, message)
+
+    # -- rounds -----------------------------------------------------------------------------
+
+    def _finished(self) -> bool:
+        if self._abandoned >= MAX_ABANDONED_IN_A_ROW:
+            raise Refused(
+                f"{self._abandoned} rounds in a row ended without a version: fewer than "
+                f"{self._settings.policy.min_devices} devices answered; see the devices' own output"
+            )
+        return self._row is None and self._manifest.version >= self._settings.rounds
+
+    def _look_at_round(self) -> None:
+        if self._row is None or self._row.phase is Phase.PLANNED:
+            self._open_round()
+            return
+        decision = self._decision()
+        if decision.action is Action.CLOSE:
+            self._row = self._ledger.close_round(self._settings.job, self._row.round)
+            self._merge()
+        elif decision.action is Action.EXTEND:
+            self._row = self._ledger.extend_round(
+                self._settings.job, self._row.round, self._settings.policy.extend_s
+            )
+            self._say({"event": "extended", "round": self._row.round, "reason": decision.reason})
+        elif decision.action is Action.ABANDON:
+            self._abandon(decision.reason)
+
+    def _decision(self) -> Any:
+        row = self._row
+        assert row is not None
+        answers = self._ledger.answers(self._settings.job, row.round)
+        view = RoundView(
+            offered=answers.offered,
+            opened_at_s=self._opened_at_s,
+            verdicts=answers.verdicts,
+            declined=frozenset(answers.declined),
+            lost=self._fleet.lost(),
+            last_answer_s=self._last_answer_s,
+            extensions=row.extensions,
+        )
+        return decide(view, self._settings.policy, time.monotonic())
+
+    def _open_round(self) -> None:
+        """Open the next round once enough devices are here."""
+        now_s = time.monotonic()
+        job, manifest = self._settings.job, self._manifest
+        if manifest.version >= self._settings.rounds or not self._link.connected:
+            return
+        number = self._row.round if self._row is not None else -1
+        ready = self._fleet.eligible(number, now_s)
+        if len(ready) < max(self._settings.min_devices, self._settings.policy.min_devices):
+            return
+        if self._row is None:
+            self._row = self._ledger.plan_round(
+                job, base_version=manifest.version, base_sha=manifest.model_sha256
+            )
+        self._row = self._ledger.open_round(
+            job, self._row.round, self._settings.policy.deadline_s
+        )
+        self._opened_at_s = self._last_answer_s = now_s
+        self._set_terms(self._row)
+        self._say({"event": "round", "round": self._row.round, "devices": ready})
+        self._offer(ready)
+
+    def _set_terms(self, row: RoundRow) -> None:
+        self._ingest.terms = RoundTerms(
+            round=row.round,
+            base_sha=row.base_sha,
+            codec=self._settings.codec,
+            open_blocks=self._evaluator.spec.names,
+            piece_bytes=DEFAULT_PIECE_BYTES,
+        )
+
+    def _offer(self, devices: list[str]) -> None:
+        row, terms = self._row, self._ingest.terms
+        assert row is not None and terms is not None
+        self._ledger.record_offers(self._settings.job, row.round, devices)
+        for device in devices:
+            self._fleet.offered(device, row.round)
+            self._to(
+                device,
+                Offer(
+                    round=row.round,
+                    ticket=self._tickets.issue(
+                        self._settings.job, row.round, device, row.base_sha
+                    ),
+                    version=self._manifest.version,
+                    base_sha=row.base_sha,
+                    blocks=self._manifest.blocks,
+                    strategy=self._settings.strategy,
+                    open_blocks=terms.open_blocks,
+                    codec=terms.codec,
+                    deadline_s=self._settings.policy.deadline_s,
+                    training=self._training,
+                    piece_bytes=terms.piece_bytes,
+                ),
+            )
+
+    def _abandon(self, reason: str) -> None:
+        row = self._row
+        assert row is not None
+        self._ledger.abandon(self._settings.job, row.round)
+        self._say({"event": "abandoned", "round": row.round, "reason": reason})
+        self._row, self._ingest.terms = None, None
+        self._ingest.forget()
+        self._abandoned += 1
+
+    def _merge(self) -> None:
+        """CLOSING to PUBLISHED: the same bytes however often a killed server repeats it."""
+        row = self._row
+        assert row is not None
+        self._ingest.terms = None
+        self._ingest.forget()
+        job, base = self._settings.job, self._manifest
+        coverage = self._write_blocks(row)
+        manifest = self._versions.load_manifest(base.version + 1)
+        self._ledger.publish(
+            job, row.round, version=manifest.version, sha=manifest.model_sha256, parent=row.base_sha
+        )
+        self._manifest, self._row, self._abandoned = manifest, None, 0
+        wall_s = time.monotonic() - self._opened_at_s
+        self._announce("running")
+        self._look_at_round()
+        self._conclude(row.round, coverage, wall_s)
+        self._ledger.archive(job)
+
+    def _write_blocks(self, row: RoundRow) -> dict[str, dict[str, int]]:
+        """Merge block by block and write the next version's files; coverage by block."""
+        spec, base = self._evaluator.spec, self._manifest
+        sums = _RoundSums(spec, self._ledger, self._settings.job, row.round)
+        half = self._strategy.server_round(spec, spec.names, self._settings.codec, sums)
+        entries = {entry.name: entry for entry in base.blocks}
+        for name, arrays in half.close(
+            lambda block: self._versions.load_block(spec.block(block), base.block(block).sha256)
+        ):
+            entries[name] = self._versions.put_block(spec.block(name), arrays)
+        self._versions.write_manifest(
+            Manifest(
+                job=self._settings.job,
+                version=base.version + 1,
+                round=row.round,
+                parent_sha=row.base_sha,
+                created_s=time.time(),
+                blocks=tuple(entries[name] for name in spec.names),
+            )
+        )
+        return sums.coverage()
+
+    def _conclude(self, number: int, coverage: Mapping[str, Any], wall_s: float) -> None:
+        """Measure the new version and enter the round into the report."""
+        measured = self._evaluator.measure(self._versions, self._manifest)
+        rows = [self._row_of(upload) for upload in self._ledger.uploads(self._settings.job, number)]
+        entry = self._report.closed(
+            number, measured=measured, wall_s=wall_s, coverage=coverage, devices=rows
+        )
+        self._report.save()
+        self._say({"event": "published", "version": self._manifest.version, **entry})
+
+    def _row_of(self, upload: Any) -> dict[str, Any]:
+        device = self._fleet.get(upload.device)
+        return {
+            "id": upload.device,
+            "profile": device.facts.profile if device is not None else "",
+            "blocks": upload.metrics.get("blocks", []),
+            **{key: upload.metrics.get(key) for key in ROW_KEYS},
+            "up_payload_bytes": upload.size_bytes,
+            "num_examples": upload.samples,
+            "verdict": upload.verdict,
+        }
+
+    # -- end --------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        """Wait for the last tallies, export, tell the devices, complete the report."""
+        until_s = time.monotonic() + TALLY_WAIT_S
+        while self._report.missing_tallies() and time.monotonic() < until_s:
+            try:
+                self._handle(self._inbox.get(timeout=max(0.0, until_s - time.monotonic())))
+            except queue.Empty:
+                break
+        self._announce("done")
+        files = self._export() if self._settings.export else {}
+        checks = self._ledger.audit(self._settings.job)
+        peak = process_peak_bytes()
+        totals = {
+            "updates_double": sum(not check.ok for check in checks),
+            "peak_rss_server_bytes": peak.bytes if peak is not None else 0,
+            "cpu_s_server": process_cpu_s() or 0.0,
+            "messages_dropped": self._dropped,
+        }
+        report = self._report.finish(
+            model_sha256=self._manifest.model_sha256,
+            files=files,
+            totals=totals,
+            wall_s=time.monotonic() - self._started_s,
+        )
+        self._report.save()
+        self._say({"event": "done", "report": report})
+        return report
+
+    def _export(self) -> dict[str, str]:
+        directory = self._settings.state_dir
+        arguments = (self._evaluator, self._versions, self._manifest)
+        files = {"safetensors": str(export_safetensors(*arguments, directory / "model.safetensors"))}
+        if self._evaluator.task.test_data is not None:
+            files["onnx"] = str(export_onnx(*arguments, directory / "model.onnx"))
+        return files
+
+
+class _RoundSums:
+    """The partial sums of a closed round, all worker slots together."""
+
+    def __init__(self, spec: Any, ledger: Ledger, job: str, number: int) -> None:
+        self._spec = spec
+        self._slots: dict[str, int] = {}
+        self._coverage: dict[str, dict[str, int]] = {
+            name: {"devices": 0, "samples": 0} for name in spec.names
+        }
+        self._ledger, self._job, self._number = ledger, job, number
+
+    def load(self, block: str) -> BlockSum:
+        """The sum of one block over all slots."""
+        spec = self._spec.block(block)
+        total = BlockSum.zero(spec)
+        for partial in self._ledger.partials(self._job, self._number, block):
+            total.merge(BlockSum.from_bytes(spec, partial.num))
+        self._coverage[block] = {"devices": total.devices, "samples": total.samples}
+        return total
+
+    def save(self, block: str, total: BlockSum) -> None:
+        """A closed round counts nothing."""
+        raise Refused(f"round {self._number} is closed; block {block!r} cannot be added to")
+
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Devices and samples by block, of the blocks loaded so far."""
+        return self._coverage
+
+
+_HANDLERS: dict[type, Callable[[Coordinator, str, Any, float], None]] = {
+    Hello: Coordinator._hello,
+    Want: Coordinator._want,
+    Open: Coordinator._open,
+    Piece: Coordinator._piece,
+    Decline: Coordinator._declined,
+    Tally: Coordinator._tallied,
+}

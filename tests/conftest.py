@@ -1,0 +1,50 @@
+"""Fixtures with real brokers: a mocked one proves nothing about a broker."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.link import LinkEvent
+from reference_server.broker import BrokerProcess, choose, find_mosquitto
+
+
+@pytest.fixture(params=["mosquitto", "amqtt"])
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """Every test that uses it runs against both brokers."""
+    kind: str = request.param
+    if kind == "mosquitto" and find_mosquitto() is None:
+        message = "mosquitto is not installed: apt install mosquitto"
+        if "CI" in os.environ:
+            pytest.fail(message + " (a skipped test proves nothing in CI)")
+        pytest.skip(message)
+    return kind
+
+
+@pytest.fixture
+def broker(broker_kind: str, tmp_path: Path) -> Iterator[BrokerProcess]:
+    """A running broker of that kind on a free loopback port."""
+    process = choose("embedded" if broker_kind == "amqtt" else broker_kind, tmp_path / "broker")
+    assert isinstance(process, BrokerProcess)
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def inbox() -> queue.SimpleQueue[LinkEvent]:
+    """Where a link under test reports."""
+    return queue.SimpleQueue()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Poll for something no event announces; AssertionError when it does not come true."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
+        time.sleep(0.01)
