@@ -28,7 +28,8 @@ from edge_sdk.errors import (
     Refused,
     TaskError,
 )
-from edge_sdk.mqtt import Arrived, Link, LinkDown, LinkUp, TakenOver
+from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
+from edge_sdk.mqtt import Link
 from edge_sdk.pieces import Incoming
 from edge_sdk.plan import Limits, Plan, choose
 from edge_sdk.probe import (

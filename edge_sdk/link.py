@@ -322,21 +322,18 @@ def explain(address: Address, error: OSError | ValueError) -> BrokerUnreachable:
     if isinstance(error, ssl.SSLCertVerificationError):
         what = f"the certificate there is not trusted ({error.verify_message})"
         advice = "name its CA with the CA file option, and check this machine's clock"
-    elif isinstance(error, ssl.SSLError):
-        what = f"no TLS there ({seen})"
-        advice = "use mqtt:// for a broker without TLS"
     elif isinstance(error, ConnectionRefusedError):
         what = "nobody listens there"
         advice = "start the server or broker, or give the address it printed"
-    elif isinstance(error, (socket.gaierror, ValueError)):
+    elif isinstance(error, (socket.gaierror, UnicodeError)):
         what = f"the name {address.host!r} does not resolve ({seen})"
         advice = "check the spelling and this machine's name service, or give an IP address"
-    elif isinstance(error, TimeoutError):
-        what = "no answer to the TCP handshake"
-        advice = "check the network and any firewall in between"
+    elif isinstance(error, (ssl.SSLError, TimeoutError, ConnectionResetError)) and address.tls:
+        what = f"no answer in TLS ({seen})"
+        advice = "use mqtt:// for a broker without TLS; if it has TLS, check the network"
     else:
         what = f"no connection ({seen})"
-        advice = "check the network between here and there"
+        advice = "check the network and any firewall in between"
     return BrokerUnreachable(f"{address}: {what}; {advice}")
 
 

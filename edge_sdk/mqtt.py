@@ -226,10 +226,8 @@ class Link:
 
     def _live_once(self) -> tuple[_Connection, float]:
         """One connection from greeting to end; LinkError when it never came to be."""
-        known = self._greeting.protocol if self._greeting else None
-        connection = _negotiate(
-            partial(_Connection, self._setup, self._shared), known, CONNACK_LIMIT_S
-        )
+        make = partial(_Connection, self._setup, self._shared)
+        connection = _negotiate(make, self.protocol, CONNACK_LIMIT_S)
         born_s = time.monotonic()
         try:
             self._serve(connection)
@@ -347,6 +345,11 @@ class _Client(paho.Client):
                 self._reject_foreigner(data)
         return data
 
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        # Paho's own leaves the socket open when the handshake fails.
+        assert self._ssl_context is not None
+        return self._ssl_context.wrap_socket(tcp_sock, server_hostname=self._host)
+
     def _reject_foreigner(self, data: bytes) -> None:
         with suppress(OSError):
             more = super()._sock_recv(20)
@@ -448,14 +451,11 @@ class _Connection:
         self._accept_terms(properties)
 
     def _accept_terms(self, properties: Properties) -> None:
-        limit_bytes = getattr(properties, "MaximumPacketSize", None)
-        self.greeting = Greeting(self.greeting.protocol, limit_bytes)
-        self._client.limit_inflight(
-            min(INFLIGHT_MAX, getattr(properties, "ReceiveMaximum", INFLIGHT_MAX))
-        )
-        prescribed_s = getattr(properties, "ServerKeepAlive", None)
+        terms = vars(properties)
+        self.greeting = Greeting(self.greeting.protocol, terms.get("MaximumPacketSize"))
+        self._client.limit_inflight(min(INFLIGHT_MAX, terms.get("ReceiveMaximum", INFLIGHT_MAX)))
         keepalive_s = self._setup.keepalive_s
-        if prescribed_s:
+        if prescribed_s := terms.get("ServerKeepAlive"):
             keepalive_s = min(keepalive_s, max(1, prescribed_s - KEEPALIVE_GRACE_S))
         self._vigil = Vigil(keepalive_s, time.monotonic())
 
@@ -506,7 +506,7 @@ class _Connection:
             self._vigil.heard(now_s)
         self._backlog = client.want_write()
         if not self.alive:
-            self.reason = self.reason or client.ending or "the connection ended"
+            self.reason = self.reason or client.ending or "the broker broke the rules of MQTT"
             self.closed_by_broker = self.closed_by_broker or client.orderly
 
     def _watch(self, sock: socket.socket) -> None:
@@ -554,7 +554,7 @@ class _Connection:
         self._client.drop()
         self._selector.close()
 
-    def _on_connect(self, reason: ReasonCode, properties: Properties) -> None:
+    def _on_connect(self, _: object, reason: ReasonCode, properties: Properties) -> None:
         self._connack = (reason, properties)
 
     def _on_disconnect(self, flags: paho.DisconnectFlags, reason: ReasonCode, _: object) -> None:

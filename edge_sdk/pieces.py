@@ -190,8 +190,8 @@ class Incoming:
     ) -> None:
         self.sha256 = sha256
         self.piece_bytes = piece_bytes
+        self._assembly = Assembly(size_bytes, piece_bytes)  # refuses impossible sizes
         self.content = bytearray(size_bytes)
-        self._assembly = Assembly(size_bytes, piece_bytes)
         self._window_pieces, self._rng = window_pieces, rng
         self._transfer = bytes.fromhex(sha256)[:8]
         self.forget_asked()

@@ -257,6 +257,16 @@ def process_cpu_s(pid: int | None = None) -> float:
     return float(times.user + times.system)
 
 
+def process_age_s(pid: int | None = None) -> float:
+    """Seconds since a process was started, by the wall clock; 0 if it has ended."""
+    import psutil
+
+    try:
+        return max(0.0, time.time() - float(psutil.Process(pid).create_time()))
+    except psutil.Error:
+        return 0.0
+
+
 def process_peak_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
     """Highest resident memory since the start or the last ``reset_peak``; 0 if it has ended."""
     return process_peak(pid, proc_root=proc_root).bytes

@@ -61,10 +61,15 @@ class Task:
             raise TaskError(f"Task {self.name!r}: training and pretraining must be Training(...)")
 
 
-def load_task(path: Path) -> Task:
-    """The task of a task file; TaskError says what is wrong with the file and where."""
+def check_task_file(path: Path) -> None:
+    """Fail before torch is loaded when there is no such file at all."""
     if not path.is_file():
         raise TaskError(f"task file {path}: no such file; give a Python file that defines task()")
+
+
+def load_task(path: Path) -> Task:
+    """The task of a task file; TaskError says what is wrong with the file and where."""
+    check_task_file(path)
     module = _import(path)
     make = getattr(module, "task", None)
     if not callable(make):

@@ -32,6 +32,17 @@ class Upload:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredUpload:
+    """One judged update as the ledger keeps it."""
+
+    device: str
+    verdict: Verdict
+    samples: int
+    size_bytes: int
+    metrics: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Answer:
     """The terminal verdict on an update. ``repeated``: it was stored before this delivery.

@@ -46,6 +46,9 @@ STOP_LIMIT_S = 3.0
 # amqtt cuts an idle client at the announced second; the standard allows half as much again.
 AMQTT_GRACE_S = 5
 MAX_PACKET_BYTES = 1 << 20
+HEAD_LIMIT_S = 10.0
+MQTT_3_1_1_LEVEL = 4
+CONNACK_OTHER_VERSION = b"\x20\x02\x00\x01"
 # Debian puts mosquitto where only root's PATH looks; Homebrew where a service's PATH does not.
 MOSQUITTO_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/opt/homebrew/bin")
 
@@ -365,8 +368,36 @@ def _end_with_stdin() -> None:
     os._exit(0)
 
 
+class _Rewound:
+    """A stream for amqtt whose first bytes were read already."""
+
+    def __init__(self, head: bytes, stream: asyncio.StreamReader) -> None:
+        self._head, self._stream = head, stream
+
+    async def read(self, n: int = -1) -> bytes:
+        """Exactly ``n`` bytes, or all there are; the interface amqtt asks for."""
+        if n < 0:
+            head, self._head = self._head, b""
+            return head + await self._stream.read()
+        head, self._head = self._head[:n], self._head[n:]
+        return head + (await self._stream.readexactly(n - len(head)) if len(head) < n else b"")
+
+    def feed_eof(self) -> None:
+        """Nothing more will come."""
+        self._stream.feed_eof()
+
+
+async def _read_head(stream: asyncio.StreamReader) -> bytes:
+    """A CONNECT packet up to the byte with the protocol version."""
+    head = await stream.readexactly(2)
+    while head[-1] & 0x80 and len(head) < 5:
+        head += await stream.readexactly(1)
+    return head + await stream.readexactly(7)
+
+
 async def _serve(bind: str, port: int) -> None:
-    from amqtt.broker import Broker  # the server itself must not pay for this import
+    from amqtt.adapters import StreamWriterAdapter  # the server must not pay for these imports
+    from amqtt.broker import Broker
 
     broker = Broker(
         {
@@ -377,6 +408,26 @@ async def _serve(bind: str, port: int) -> None:
             },
         }
     )
+
+    async def accept(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
+    ) -> None:
+        # amqtt reads an MQTT 5 CONNECT as if it were an older one, and waits for bytes that never
+        # come; every client would lose seconds before it tries 3.1.1.
+        try:
+            head = await asyncio.wait_for(_read_head(reader), HEAD_LIMIT_S)
+        except (OSError, EOFError, asyncio.TimeoutError):
+            writer.close()
+            return
+        if head[-1] > MQTT_3_1_1_LEVEL:
+            writer.write(CONNACK_OTHER_VERSION)
+            writer.close()
+            return
+        await broker.external_connected(
+            _Rewound(head, reader), StreamWriterAdapter(writer), listener_name
+        )
+
+    broker.stream_connected = accept
     await broker.start()
     await asyncio.Event().wait()
 

@@ -21,7 +21,8 @@ import msgspec
 
 from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
 from edge_sdk.merge import BlockSum
-from edge_sdk.mqtt import Arrived, Link, LinkDown, LinkUp, TakenOver
+from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
+from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
 from edge_sdk.probe import process_cpu_s, process_peak_bytes
 from edge_sdk.strategies import strategy_named
@@ -85,9 +86,10 @@ class ServerSettings:
     seed: int = 0
     min_devices: int = 1
     policy: RoundPolicy = field(default_factory=RoundPolicy)
-    threads: int = 0
+    threads: int = 1
     export: bool = True
     report: Callable[[Event], None] = field(default=lambda event: None)
+    look_after: Callable[[], Any] = field(default=lambda: None)
 
 
 class Coordinator:
@@ -104,7 +106,7 @@ class Coordinator:
         self._ledger = Ledger.open(settings.state_dir)
         self._versions = VersionStore(settings.state_dir)
         self._versions.sweep()
-        self._evaluator = Evaluator(settings.task_path, settings.seed)
+        self._evaluator = Evaluator(settings.task_path, settings.seed, settings.threads)
         self._training = msgspec.structs.replace(self._evaluator.task.training, seed=settings.seed)
         self._settle_terms()
         tickets = Tickets.load_or_create(settings.state_dir)
@@ -237,6 +239,7 @@ class Coordinator:
             self._say({"event": "link", "protocol": event.protocol})
         elif isinstance(event, LinkDown):
             log.warning("link to the broker is down: %s", event.reason)
+            self._settings.look_after()
         elif isinstance(event, TakenOver):
             raise StateError(
                 f"another server of job {self._settings.job!r} is connected to this broker; a job "
@@ -469,8 +472,14 @@ class Coordinator:
         wall_s = time.monotonic() - self._opened_at_s
         self._announce("running")
         self._look_at_round()
+        self._hear_out()
         self._conclude(row.round, coverage, wall_s)
         self._ledger.archive(job)
+
+    def _hear_out(self) -> None:
+        """Handle what arrived while the sums were merged: the tallies of the closed round."""
+        while not self._inbox.empty():
+            self._handle(self._inbox.get())
 
     def _write_blocks(self, row: RoundRow) -> dict[str, dict[str, int]]:
         """Merge block by block and write the next version's files; coverage by block."""

@@ -196,9 +196,10 @@ class Database:
             if self.is_postgresql:
                 db.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             elif self._lock is not None:
-                found = db.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                found = str(db.exec_driver_sql("PRAGMA quick_check(1)").scalar())
                 if found != "ok":
-                    raise StateError(f"{self.where} is damaged ({found}); {_DAMAGED_STEP}")
+                    what = " ".join(found.split())
+                    raise StateError(f"{self.where} is damaged ({what}); {_DAMAGED_STEP}")
             tables = set(sa.inspect(db).get_table_names())
             if tables and schema_table.name not in tables and not self.is_postgresql:
                 raise StateError(
@@ -223,7 +224,7 @@ class Database:
         except sa.exc.IntegrityError as error:
             raise ProtocolMisuse(f"{self.where} refused a row: {error.orig}") from error
         except sa.exc.DBAPIError as error:
-            text = str(error.orig).strip()
+            text = " ".join(str(error.orig).split())
             if error.connection_invalidated:
                 raise ConnectionLost(f"{self.where}: {text}; start the database again") from error
             raise StateError(f"{self.where}: {text}; {_next_step(text)}") from error

@@ -19,7 +19,10 @@ from reference_server.versions import Manifest, VersionStore
 class Evaluator:
     """Builds the task's model and measures versions of it."""
 
-    def __init__(self, task_path: Path, seed: int) -> None:
+    def __init__(self, task_path: Path, seed: int, threads: int = 1) -> None:
+        # One thread unless asked: torch's threads wait by spinning, and where other processes
+        # want the same cores, as simulated devices do, two threads are ten times slower than one.
+        torch.set_num_threads(threads)
         self.task = load_task(task_path)
         torch.manual_seed(seed)
         self.model = BlockModel(self.task)

@@ -28,6 +28,7 @@ from reference_server.accounts import (
     Partial,
     RoundRow,
     RoundSummary,
+    StoredUpload,
     Upload,
     VersionRow,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "RoundRow",
     "RoundSummary",
     "SaveSum",
+    "StoredUpload",
     "Upload",
     "VersionRow",
 ]
@@ -250,18 +252,32 @@ class Ledger:
             row = db.execute(query).first()
         return None if row is None else _answer(row)
 
-    def partials(self, job: str, round_number: int) -> Iterator[Partial]:
+    def uploads(self, job: str, round_number: int) -> list[StoredUpload]:
+        """Every judged update of a round, by device, with what its device measured."""
+        mine = _of_round(upload_table, job, round_number)
+        with self._db.read() as db:
+            rows = db.execute(sa.select(upload_table).where(mine)).all()
+        return sorted((reports.stored_upload(row) for row in rows), key=lambda u: u.device)
+
+    def jobs(self) -> list[str]:
+        """The jobs this ledger holds."""
+        with self._db.read() as db:
+            return [row.id for row in db.execute(sa.select(job_table.c.id).order_by("id"))]
+
+    def partials(self, job: str, round_number: int, block: str | None = None) -> Iterator[Partial]:
         """The sums of a round ordered by block and slot, one in memory at a time.
 
-        StateError when one was damaged on the disk.
+        ``block``: only its. StateError when one was damaged on the disk.
         """
         mine = _of_round(partial_table, job, round_number)
+        if block is not None:
+            mine &= partial_table.c.block == block
         query = sa.select(partial_table.c.block, partial_table.c.slot).where(mine)
         with self._db.read() as db:
             keys = sorted((row.block, row.slot) for row in db.execute(query))
-        for block, slot in keys:
+        for name, slot in keys:
             with self._db.read() as db:
-                partial = self._sum(db, job, round_number, block, slot)
+                partial = self._sum(db, job, round_number, name, slot)
             if partial is None:
                 raise ProtocolMisuse(f"the sums of round {round_number} were erased while read")
             yield partial
@@ -356,7 +372,7 @@ class Ledger:
             "created_s": time.time(),
         }
         insertion = self._db.insert(upload_table).values(row).on_conflict_do_nothing()
-        if db.execute(insertion).rowcount > 0:
+        if db.execute(insertion.returning(upload_table.c.device)).first() is not None:
             return answer, True
         return cast(Answer, _stored(db, job, upload)), False
 

@@ -11,7 +11,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from reference_server import accounts
-from reference_server.accounts import Check, RoundRow, RoundSummary, RoundTotals, VersionRow
+from reference_server.accounts import (
+    Check,
+    RoundRow,
+    RoundSummary,
+    RoundTotals,
+    StoredUpload,
+    VersionRow,
+)
 from reference_server.database import partial_table, round_table, upload_table, version_table
 from reference_server.rounds import Phase
 
@@ -46,6 +53,17 @@ def round_row(row: Any) -> RoundRow:
         remaining_s=row.remaining_s,
         extensions=row.extensions,
         counted=row.counted,
+    )
+
+
+def stored_upload(row: Any) -> StoredUpload:
+    """A row of the upload table as a value."""
+    return StoredUpload(
+        device=row.device,
+        verdict=row.verdict,
+        samples=row.samples,
+        size_bytes=row.size_bytes,
+        metrics=decoded(row.metrics),
     )
 
 

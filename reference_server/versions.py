@@ -80,7 +80,7 @@ class VersionStore:
         if not self._intact(block, sha256):
             # The wire form goes first: where the .safetensors is, both are.
             write_atomically(self.wire_path(sha256), codec.encode_block(block, tensors))
-            own = {spec.name: np.ascontiguousarray(tensors[spec.name]) for spec in block.tensors}
+            own = {s.name: np.asarray(tensors[s.name], order="C") for s in block.tensors}
             write_atomically(self.block_path(sha256), safetensors.numpy.save(own))
         return BlockEntry(
             name=block.name,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,11 +39,3 @@ def broker(broker_kind: str, tmp_path: Path) -> Iterator[BrokerProcess]:
 def inbox() -> queue.SimpleQueue[LinkEvent]:
     """Where a link under test reports."""
     return queue.SimpleQueue()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Poll for something no event announces; AssertionError when it does not come true."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
-        time.sleep(0.01)

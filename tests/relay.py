@@ -12,6 +12,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,3 +204,11 @@ class Relay:
             if pair in self._pairs:
                 self._pairs.remove(pair)
             self._changed.notify_all()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Poll for something that no event announces; AssertionError when it does not come true."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"did not happen within {timeout_s} s"
+        time.sleep(0.01)

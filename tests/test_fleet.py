@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from edge_sdk.errors import ConfigError, Refused
 from edge_sdk.wire import Hello
 from reference_server.fleet import TAKEOVER_WINDOW_S, TAKEOVERS, Fleet, Presence

@@ -6,10 +6,11 @@ import math
 from itertools import product
 
 import pytest
-from edge_sdk.errors import ConfigError, ProtocolMisuse
-from edge_sdk.wire import Verdict
 from hypothesis import given
 from hypothesis import strategies as st
+
+from edge_sdk.errors import ConfigError, ProtocolMisuse
+from edge_sdk.wire import Verdict
 from reference_server.rounds import (
     RULES,
     Action,

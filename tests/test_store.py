@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from edge_sdk.errors import DamagedBlock, ProtocolMisuse, StateError
 from edge_sdk.store import (
     MAX_DAMAGED_FILES,

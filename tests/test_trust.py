@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from edge_sdk.errors import StateError
 from reference_server.trust import SECRET_FILE, TICKET_BYTES, Tickets
 
@@ -50,5 +51,5 @@ def test_a_damaged_secret_is_named(tmp_path: Path) -> None:
 def test_an_unreadable_secret_is_named(tmp_path: Path) -> None:
     Tickets.load_or_create(tmp_path)
     (tmp_path / SECRET_FILE).chmod(0)
-    with pytest.raises(StateError, match="cannot read .*ticket-secret: Permission denied"):
+    with pytest.raises(StateError, match=r"cannot read .*ticket-secret: Permission denied"):
         Tickets.load_or_create(tmp_path)

@@ -1,0 +1,186 @@
+"""A whole fleet on this machine: broker, server and devices as the processes a user would start.
+
+Used by ``demo`` (the digits task that ships with us) and ``simulate`` (any task). This process
+only supervises: it restarts what dies, shows what the server reports, and adds to the report what
+only it knows, the broker and the time since the command was typed.
+"""
+
+from __future__ import annotations
+
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.probe import process_age_s
+from edge_sdk.profile import load_profile
+from edge_sdk.store import make_directory
+from reference_server import broker as brokers
+from reference_server.fleet_sim import Nursery, SimulatedFleet
+from reference_server.screen import Screen, summary
+
+LOOK_S = 0.1
+MAX_SERVER_RESTARTS = 20
+DEMO_DEVICES = (
+    "raspberry-pi-zero-2w",
+    "raspberry-pi-3b-plus",
+    "raspberry-pi-4b-2gb",
+    "raspberry-pi-5-8gb",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What ``reference-server demo`` or ``simulate`` was asked to do."""
+
+    task_path: Path
+    state_dir: Path
+    job: str
+    profiles: tuple[str, ...] = DEMO_DEVICES
+    strategy: str = "last_blocks"
+    codec: str = "int8"
+    rounds: int = 8
+    deadline_s: float = 30.0
+    seed: int = 0
+    broker: str = "auto"
+    json_path: Path | None = None
+
+
+def shipped_task() -> Path:
+    """The digits task, in the checkout or installed beside this package."""
+    for folder in (Path(__file__).parent / "examples", Path(__file__).parent.parent / "examples"):
+        if (folder / "digits.py").is_file():
+            return folder / "digits.py"
+    raise ConfigError("examples/digits.py is not installed; use simulate --task FILE")
+
+
+def run(settings: DemoSettings) -> dict[str, Any]:
+    """Run everything to the end of the job; returns the report."""
+    for profile in settings.profiles:
+        load_profile(profile)
+    settings = replace(settings, state_dir=make_directory(settings.state_dir.absolute()))
+    broker = brokers.choose(settings.broker, settings.state_dir / "broker")
+    with Screen(settings.rounds) as screen:
+        return _Demo(settings, broker, screen).run()
+
+
+class _Demo:
+    """The supervisor's state while a demo runs."""
+
+    def __init__(self, settings: DemoSettings, broker: Any, screen: Screen) -> None:
+        self._settings, self._broker, self._screen = settings, broker, screen
+        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._nursery = Nursery(settings.state_dir)
+        self._fleet = SimulatedFleet(
+            url=broker.url,
+            job=settings.job,
+            task_path=settings.task_path,
+            directory=settings.state_dir / "devices",
+            profiles=list(settings.profiles),
+            nursery=self._nursery.socket,
+        )
+        self._server_starts = 0
+        self._first_round_s: float | None = None
+        self._report: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Start everything, look after it until the server is done, end it."""
+        self._screen.line(self._broker.describe())
+        # Loading torch takes longest, so the two processes that do it start first; they find the
+        # broker when it is there.
+        server = self._start_server()
+        try:
+            self._nursery.start()
+            self._broker.start()
+            self._fleet.start()
+            while self._report is None:
+                server = self._look_after(server)
+                self._show_news()
+            server.wait(timeout=30)
+        finally:
+            server.kill()
+            server.wait()
+            self._fleet.stop()
+            self._nursery.stop()
+            self._broker.stop()
+        return self._finish(self._report)
+
+    def _show_news(self) -> None:
+        for event in _drain(self._events):
+            if event["event"] == "done":
+                self._report = event["report"]
+            else:
+                self._screen.show(event)
+            if event["event"] == "published" and self._first_round_s is None:
+                self._first_round_s = process_age_s()
+
+    def _look_after(self, server: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        if self._broker.ensure_running():
+            self._screen.line("the broker died and was started again")
+        self._nursery.ensure_running()
+        for line in self._fleet.look_after():
+            self._screen.line(line)
+        if self._fleet.all_gave_up():
+            raise ConfigError(f"every device gave up; see {self._settings.state_dir / 'devices'}")
+        code = server.poll()
+        if code is None or code == 0:
+            return server
+        if code > 0 or self._server_starts > MAX_SERVER_RESTARTS:
+            raise SystemExit(code)  # it has said why on its own stderr
+        self._screen.line(f"the server died (exit code {code}), starting it again")
+        return self._start_server()
+
+    def _start_server(self) -> subprocess.Popen[bytes]:
+        mine = self._settings
+        self._server_starts += 1
+        command = [
+            *(sys.executable, "-m", "reference_server", "run", "--events"),
+            *("--task", str(mine.task_path), "--broker", self._broker.url, "--job", mine.job),
+            *("--state", str(mine.state_dir / "server"), "--strategy", mine.strategy),
+            *("--codec", mine.codec, "--rounds", str(mine.rounds), "--seed", str(mine.seed)),
+            *("--devices", str(len(mine.profiles)), "--deadline-s", str(mine.deadline_s)),
+        ]
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        threading.Thread(target=_read, args=(server, self._events), daemon=True).start()
+        return server
+
+    def _finish(self, report: dict[str, Any]) -> dict[str, Any]:
+        report["broker"] = {"kind": self._broker.kind, "version": self._broker.version}
+        report["first_round_s"] = self._first_round_s
+        report["wall_s"] = process_age_s()
+        for line in summary(report):
+            self._screen.line(line)
+        self._screen.line(
+            "next: train on machines of your own: reference-server run --task "
+            f"{shlex.quote(str(self._settings.task_path))} --bind 0.0.0.0"
+        )
+        return report
+
+
+def _read(server: subprocess.Popen[bytes], events: queue.SimpleQueue[Any]) -> None:
+    """Reader thread: one JSON event a line."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        try:
+            events.put(msgspec.json.decode(line))
+        except msgspec.DecodeError:
+            sys.stderr.buffer.write(line)
+
+
+def _drain(events: queue.SimpleQueue[Any]) -> Iterator[dict[str, Any]]:
+    """Events that are there, after waiting a moment for the first."""
+    try:
+        yield events.get(timeout=LOOK_S)
+        while True:
+            yield events.get_nowait()
+    except queue.Empty:
+        return

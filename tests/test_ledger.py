@@ -1,0 +1,695 @@
+"""Every update is counted exactly once, whatever arrives twice, races, or is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from glob import glob
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.errors import ProtocolMisuse, StateError, WrongUpdate
+from reference_server.ledger import Answer, Fold, Ledger, LoadSum, SaveSum, Upload
+from reference_server.rounds import Phase
+
+ROOT = Path(__file__).parents[1]
+SPEC = "5" * 64
+BASE, NEXT = "a" * 64, "b" * 64
+JOB = "job"
+
+
+def adding(*blocks: str, weight: int = 1, size_bytes: int = 8) -> Fold:
+    """Add ``weight`` to one number per block; samples are the weight, too."""
+
+    def fold(load: LoadSum, save: SaveSum) -> None:
+        for block in blocks or ("one", "two"):
+            known = load(block)
+            total = weight + (0 if known is None else int.from_bytes(known, "little"))
+            devices = 1 if known is None else devices_in[block] + 1
+            devices_in[block] = devices
+            save(block, total.to_bytes(size_bytes, "little"), total, devices)
+
+    devices_in: dict[str, int] = {}
+    return fold
+
+
+def upload(
+    device: str, *, round_number: int = 1, base: str = BASE, digest: str = "", samples: int = 10
+) -> Upload:
+    return Upload(
+        round=round_number,
+        device=device,
+        base_sha=base,
+        digest=digest or f"digest of {device}",
+        samples=samples,
+        size_bytes=100,
+        metrics={"loss": 0.5},
+    )
+
+
+def start(ledger: Ledger, *, remaining_s: float = 60.0) -> None:
+    """Job, version 0 and an open round 1."""
+    ledger.open_job(JOB, SPEC, {"strategy": "full"})
+    ledger.record_base(JOB, BASE)
+    ledger.plan_round(JOB, base_version=0, base_sha=BASE)
+    ledger.open_round(JOB, 1, remaining_s)
+
+
+def count(ledger: Ledger, device: str, *blocks: str) -> Answer:
+    """Count one update whose sums hold (total, devices) as two numbers."""
+
+    def fold(load: LoadSum, save: SaveSum) -> None:
+        for block in blocks or ("one", "two"):
+            known = load(block) or bytes(16)
+            total = int.from_bytes(known[:8], "little") + 10
+            devices = int.from_bytes(known[8:], "little") + 1
+            save(block, total.to_bytes(8, "little") + devices.to_bytes(8, "little"), total, devices)
+
+    return ledger.count_update(JOB, upload(device), fold)
+
+
+def sums(ledger: Ledger, round_number: int = 1) -> dict[str, tuple[int, int]]:
+    """(samples, devices) by block, over all slots."""
+    found: dict[str, tuple[int, int]] = {}
+    for partial in ledger.partials(JOB, round_number):
+        samples, devices = found.get(partial.block, (0, 0))
+        assert int.from_bytes(partial.num[:8], "little") == partial.samples
+        found[partial.block] = (samples + partial.samples, devices + partial.devices)
+    return found
+
+
+def publish(ledger: Ledger, round_number: int, version: int, sha: str, parent: str) -> None:
+    ledger.close_round(JOB, round_number)
+    ledger.publish(JOB, round_number, version=version, sha=sha, parent=parent)
+
+
+def healthy(ledger: Ledger) -> bool:
+    return all(check.ok for check in ledger.audit(JOB))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """A real PostgreSQL server; each call makes a database and returns its URL."""
+    psycopg = pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
+    initdb = max(glob("/usr/lib/postgresql/*/bin/initdb"), default=shutil.which("initdb"))
+    if initdb is None:
+        pytest.skip("no PostgreSQL server is installed")
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    # Not in pytest's directory, which is closed to other users.
+    with tempfile.TemporaryDirectory(prefix="edge-postgresql-") as home:
+        if user is not None:
+            shutil.chown(home, user)
+        data, port = f"{home}/data", free_port()
+        make = [initdb, "-D", data, "-A", "trust", "-U", "edge", "--no-sync"]
+        subprocess.run(make, check=True, capture_output=True, user=user, cwd=home)
+        serve = [str(Path(initdb).parent / "postgres"), "-D", data, "-p", str(port), "-k", home]
+        with open(f"{home}/log", "wb") as log:
+            server = subprocess.Popen(serve, user=user, cwd=home, stderr=log)
+        address = f"edge@127.0.0.1:{port}"
+        names = iter(range(1000))
+
+        def database(deadline_s: float = 0.0) -> str:
+            name = f"edge{next(names)}"
+            while True:
+                try:
+                    with psycopg.connect(f"postgresql://{address}/postgres", autocommit=True) as db:
+                        db.execute(f"CREATE DATABASE {name}")
+                    return f"postgresql+psycopg://{address}/{name}"
+                except psycopg.OperationalError:
+                    if time.monotonic() > deadline_s or server.poll() is not None:
+                        raise
+                    time.sleep(0.02)
+
+        try:
+            database(time.monotonic() + 20)
+            yield database
+        finally:
+            server.send_signal(signal.SIGQUIT)  # its "immediate" mode: no farewell, nothing left
+            server.wait()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A state directory, or the URL of an empty PostgreSQL database."""
+    if request.param == "sqlite":
+        return str(tmp_path / "state")
+    database: Callable[[], str] = request.getfixturevalue("postgresql")
+    return database()
+
+
+@pytest.fixture
+def ledger(where: str) -> Iterator[Ledger]:
+    with Ledger.open(where) as opened:
+        start(opened)
+        yield opened
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state directory with an open round, closed again."""
+    with Ledger.open(tmp_path / "state") as opened:
+        start(opened)
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True
+    )
+    if done.returncode != 0:
+        pytest.skip("only root can mount a small disk")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_an_update_is_counted_once_however_often_it_arrives(ledger: Ledger) -> None:
+    assert count(ledger, "d1") == Answer("accepted")
+    assert count(ledger, "d2", "one") == Answer("accepted")
+    assert count(ledger, "d1") == Answer("accepted", repeated=True)
+    assert sums(ledger) == {"one": (20, 2), "two": (10, 1)}
+    assert ledger.verdict_of(JOB, 1, "d1") == Answer("accepted", repeated=True)
+    assert ledger.verdict_of(JOB, 1, "d9") is None
+    assert healthy(ledger)
+
+
+def test_a_device_that_trained_twice_counts_once_and_is_noticed(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    again = ledger.count_update(JOB, upload("d1", digest="another"), adding("one"))
+    assert again == Answer("accepted", repeated=True, conflict=True)
+    assert sums(ledger)["one"] == (10, 1)
+    assert ledger.history(JOB)[0].conflicts == 1
+
+
+def test_an_update_on_another_base_is_stale_and_stays_so(ledger: Ledger) -> None:
+    answer = ledger.count_update(JOB, upload("d1", base=NEXT), adding("one"))
+    assert answer == Answer("stale", "trained on bbbbbbbbbbbb, the round's base is aaaaaaaaaaaa")
+    assert count(ledger, "d1").verdict == "stale"
+    assert sums(ledger) == {}
+
+
+def test_an_update_after_closing_is_late_and_not_counted(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    ledger.close_round(JOB, 1)
+    assert count(ledger, "d2") == Answer("late", "round 1 is closing")
+    assert count(ledger, "d1") == Answer("accepted", repeated=True)
+    ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+    assert count(ledger, "d3") == Answer("late", "round 1 is published")
+    assert sums(ledger) == {"one": (10, 1), "two": (10, 1)}
+    assert healthy(ledger)
+
+
+def test_an_update_for_a_round_that_is_not_open_yet_decides_nothing(ledger: Ledger) -> None:
+    publish(ledger, 1, 1, NEXT, BASE)
+    ledger.plan_round(JOB, base_version=1, base_sha=NEXT)
+    early = upload("d1", round_number=2, base=NEXT)
+    assert ledger.count_update(JOB, early, adding("one")) == Answer("late", "round 2 is not open")
+    assert ledger.record_verdict(JOB, early, "rejected", "bad").verdict == "rejected"
+    assert ledger.verdict_of(JOB, 2, "d1") is None
+    ledger.open_round(JOB, 2, 60.0)
+    assert ledger.count_update(JOB, early, adding("one")).verdict == "accepted"
+    unknown = upload("d1", round_number=77)
+    assert ledger.count_update(JOB, unknown, adding("one")).verdict == "late"
+
+
+def test_a_rejected_update_stays_rejected(ledger: Ledger) -> None:
+    answer = ledger.record_verdict(JOB, upload("d1"), "rejected", "NaN in block 'one'")
+    assert answer == Answer("rejected", "NaN in block 'one'")
+    assert count(ledger, "d1") == Answer("rejected", "NaN in block 'one'", repeated=True)
+    assert count(ledger, "d2").verdict == "accepted"
+    assert ledger.record_verdict(JOB, upload("d2"), "rejected", "x").verdict == "accepted"
+    with pytest.raises(ProtocolMisuse, match="only count_update accepts"):
+        ledger.record_verdict(JOB, upload("d3"), "accepted", "")
+
+
+def test_what_a_fold_raises_undoes_everything(ledger: Ledger) -> None:
+    def broken(_load: LoadSum, save: SaveSum) -> None:
+        save("one", bytes(16), 1, 1)
+        raise WrongUpdate("block 'two' does not decode")
+
+    with pytest.raises(WrongUpdate, match="does not decode"):
+        ledger.count_update(JOB, upload("d1"), broken)
+    assert ledger.verdict_of(JOB, 1, "d1") is None
+    assert sums(ledger) == {}
+    assert count(ledger, "d1").verdict == "accepted"
+
+
+@pytest.mark.parametrize("blocks", [(), ("one", "one")])
+def test_a_fold_touches_each_of_its_blocks_once(ledger: Ledger, blocks: tuple[str, ...]) -> None:
+    def fold(_load: LoadSum, save: SaveSum) -> None:
+        for block in blocks:
+            save(block, bytes(16), 1, 1)
+
+    with pytest.raises(ProtocolMisuse, match="folded once into each of its blocks"):
+        ledger.count_update(JOB, upload("d1"), fold)
+    assert ledger.verdict_of(JOB, 1, "d1") is None
+
+
+def test_workers_keep_separate_sums(ledger: Ledger, where: str) -> None:
+    with Ledger.open(where, slot=1, exclusive=False) as second:
+        count(ledger, "d1")
+        count(second, "d2", "one")
+        assert count(second, "d1") == Answer("accepted", repeated=True)
+        places = [(p.block, p.slot, p.devices) for p in second.partials(JOB, 1)]
+    assert places == [("one", 0, 1), ("one", 1, 1), ("two", 0, 1)]
+    assert healthy(ledger)
+
+
+def test_the_life_of_a_job(ledger: Ledger) -> None:
+    ledger.record_offers(JOB, 1, ["d1", "d2", "d3"])
+    ledger.record_offers(JOB, 1, ["d3", "d4"])
+    ledger.record_offers(JOB, 1, [])
+    assert ledger.record_decline(JOB, 1, "d3", "battery")
+    assert not ledger.record_decline(JOB, 1, "d9", "never asked")
+    count(ledger, "d1")
+    answers = ledger.answers(JOB, 1)
+    assert answers.offered == {"d1", "d2", "d3", "d4"}
+    assert answers.declined == {"d3": "battery"}
+    assert answers.verdicts == {"d1": "accepted"}
+    ledger.close_round(JOB, 1)
+    first = ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+    assert (first.samples, first.devices, first.parent) == (10, 1, BASE)
+    assert ledger.latest_version(JOB) == first
+    assert ledger.archive(JOB) == []
+    assert sums(ledger) == {"one": (10, 1), "two": (10, 1)}
+    ledger.plan_round(JOB, base_version=1, base_sha=NEXT, settings={"stage": 2})
+    ledger.open_round(JOB, 2, 60.0)
+    ledger.count_update(JOB, upload("d1", round_number=2, base=NEXT), adding("one", weight=10))
+    publish(ledger, 2, 2, "c" * 64, NEXT)
+    assert ledger.archive(JOB) == [1]
+    assert ledger.archive(JOB) == []
+    assert sums(ledger, 1) == {}
+    assert sums(ledger, 2) == {"one": (10, 1)}
+    assert [row.phase for row in ledger.history(JOB)] == [Phase.ARCHIVED, Phase.PUBLISHED]
+    assert [row.version for row in ledger.history(JOB)] == [1, 2]
+    assert [row.version for row in ledger.versions(JOB)] == [0, 1, 2]
+    assert healthy(ledger)
+
+
+def test_an_abandoned_round_voids_its_updates_visibly(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    ledger.record_verdict(JOB, upload("d2"), "rejected", "NaN")
+    assert ledger.abandon(JOB, 1).phase is Phase.ABANDONED
+    assert ledger.verdict_of(JOB, 1, "d1") == Answer("accepted", repeated=True, voided=True)
+    assert count(ledger, "d3") == Answer("late", "round 1 is abandoned")
+    summary = ledger.history(JOB)[0]
+    assert (summary.voided, summary.version) == (1, None)
+    assert summary.verdicts == {"accepted": 1, "rejected": 1, "late": 1}
+    assert sums(ledger) == {}
+    again = ledger.plan_round(JOB, base_version=0, base_sha=BASE)
+    assert (again.round, again.phase) == (2, Phase.PLANNED)
+    assert healthy(ledger)
+
+
+def test_a_round_whose_sums_cannot_be_merged_can_be_abandoned(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    ledger.close_round(JOB, 1)
+    ledger.abandon(JOB, 1)
+    assert healthy(ledger)
+
+
+def test_illegal_moves_are_our_own_bug(ledger: Ledger) -> None:
+    with pytest.raises(ProtocolMisuse, match="OPEN cannot be OPENED"):
+        ledger.open_round(JOB, 1, 60.0)
+    with pytest.raises(ProtocolMisuse, match="OPEN cannot be PUBLISHED"):
+        ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+    with pytest.raises(ProtocolMisuse, match="round 1 of job 'job' is OPEN"):
+        ledger.plan_round(JOB, base_version=0, base_sha=BASE)
+    with pytest.raises(ProtocolMisuse, match="has no round 9"):
+        ledger.close_round(JOB, 9)
+
+
+def test_publishing_again_after_an_unknown_outcome_changes_nothing(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    ledger.close_round(JOB, 1)
+    first = ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+    assert ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE) == first
+    with pytest.raises(ProtocolMisuse, match="PUBLISHED cannot be PUBLISHED"):
+        ledger.publish(JOB, 1, version=1, sha="c" * 64, parent=BASE)
+
+
+def test_versions_neither_fork_nor_leave_a_gap(ledger: Ledger) -> None:
+    ledger.close_round(JOB, 1)
+    with pytest.raises(StateError, match="cannot enter version 2 of round 1, the ledger is at"):
+        ledger.publish(JOB, 1, version=2, sha=NEXT, parent=BASE)
+    with pytest.raises(StateError, match="another server works on this job"):
+        ledger.publish(JOB, 1, version=1, sha=NEXT, parent="f" * 64)
+    ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+    with pytest.raises(StateError, match="cannot enter a round on version 0"):
+        ledger.plan_round(JOB, base_version=0, base_sha=BASE)
+
+
+def test_a_restart_finds_the_round_and_the_time_it_had_left(where: str) -> None:
+    with Ledger.open(where) as first:
+        assert first.current_round(JOB) is None
+        assert first.latest_version(JOB) is None
+        start(first, remaining_s=60.0)
+        first.extend_round(JOB, 1, 30.0)
+        first.keep_time(JOB, 1, 12.5)
+        count(first, "d1")
+    with Ledger.open(where) as second:
+        assert second.open_job(JOB, SPEC, {"strategy": "other"}) == {"strategy": "full"}
+        assert second.record_base(JOB, BASE).version == 0
+        row = second.current_round(JOB)
+        assert row is not None
+        assert (row.round, row.phase, row.remaining_s) == (1, Phase.OPEN, 12.5)
+        assert (row.extensions, row.base_version, row.base_sha) == (1, 0, BASE)
+        assert row.opened_wall_s is not None
+        assert count(second, "d1").repeated
+        assert count(second, "d2") == Answer("accepted")
+        assert sums(second)["one"] == (20, 2)
+
+
+def test_another_model_under_the_same_job_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(StateError, match="was started with model 555555555555, the task now"):
+        ledger.open_job(JOB, "6" * 64, {})
+    with pytest.raises(StateError, match="began with model aaaaaaaaaaaa, not bbbbbbbbbbbb"):
+        ledger.record_base(JOB, NEXT)
+
+
+def test_a_state_directory_of_another_job_is_refused_by_both_names(state: Path) -> None:
+    with Ledger.open(state) as ledger, pytest.raises(StateError) as caught:
+        ledger.open_job("cameras", SPEC, {})
+    assert "belongs to job 'job', not to 'cameras'" in str(caught.value)
+
+
+def test_a_second_server_is_refused_and_an_audit_is_not(state: Path) -> None:
+    with Ledger.open(state):
+        with pytest.raises(StateError, match=f"is in use by process {os.getpid()}"):
+            Ledger.open(state)
+        with Ledger.open(state, exclusive=False) as reader:
+            assert healthy(reader)
+    Ledger.open(state).close()
+
+
+def test_the_files_are_private_and_the_disk_is_waited_for(state: Path) -> None:
+    (state / "ledger.sqlite").chmod(0o644)
+    with Ledger.open(state) as ledger:
+        count(ledger, "d1")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in state.iterdir()}
+        with ledger._db.write() as db:
+            pragmas = ("journal_mode", "synchronous", "foreign_keys", "trusted_schema")
+            values = [db.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
+    assert set(modes) == {"ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "lock"}
+    assert set(modes.values()) == {0o600}
+    assert values == ["wal", 2, 1, 0]  # synchronous 2 is FULL
+
+
+@pytest.mark.parametrize("content", [b"not a database at all", b"x", b"SQLite format 3\0" * 400])
+def test_a_garbage_file_is_refused(state: Path, content: bytes) -> None:
+    for path in state.glob("ledger.sqlite*"):
+        path.unlink()
+    (state / "ledger.sqlite").write_bytes(content)
+    with pytest.raises(StateError, match=r"ledger\.sqlite"):
+        Ledger.open(state)
+    assert (state / "ledger.sqlite").read_bytes() == content
+
+
+def test_a_damaged_page_is_refused(state: Path) -> None:
+    with Ledger.open(state) as ledger:
+        for number in range(40):
+            count(ledger, f"d{number}")
+    path = state / "ledger.sqlite"
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xa5" * (len(data) - 4096)
+    path.write_bytes(data)
+    with pytest.raises(StateError, match=r"(is damaged|malformed).*restore a copy of it"):
+        Ledger.open(state)
+
+
+def test_a_damaged_sum_is_never_merged(state: Path) -> None:
+    with Ledger.open(state) as ledger:
+        count(ledger, "d1")
+    with sqlite3.connect(state / "ledger.sqlite") as raw:
+        raw.execute("UPDATE partial SET num = zeroblob(16) WHERE block = 'two'")
+    raw.close()
+    with Ledger.open(state) as ledger:
+        found = ledger.partials(JOB, 1)
+        assert next(found).block == "one"
+        with pytest.raises(StateError, match="sum of block 'two' in round 1 was damaged"):
+            next(found)
+        with pytest.raises(StateError, match="was damaged"):
+            count(ledger, "d2")
+        assert ledger.verdict_of(JOB, 1, "d2") is None
+        ledger.abandon(JOB, 1)
+        assert healthy(ledger)
+
+
+def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as raw:
+        raw.execute("CREATE TABLE bookmark (url TEXT)")
+    raw.close()
+    with pytest.raises(StateError, match="another program \\(it has table 'bookmark'\\)"):
+        Ledger.open(tmp_path)
+
+
+def test_a_newer_schema_is_refused(state: Path) -> None:
+    with sqlite3.connect(state / "ledger.sqlite") as raw:
+        raw.execute("UPDATE ledger_schema SET version = 2")
+    raw.close()
+    with pytest.raises(StateError, match=r"has schema 2, this server knows 1: .* newer version"):
+        Ledger.open(state)
+
+
+@pytest.mark.parametrize("url", ["mysql://x/y", "sqlite://", "nonsense://", "://"])
+def test_a_database_we_cannot_use_is_named(url: str) -> None:
+    with pytest.raises(StateError):
+        Ledger.open(url)
+
+
+def test_an_sqlite_file_can_be_named_by_url(tmp_path: Path) -> None:
+    with Ledger.open(f"sqlite:///{tmp_path}/state/my.db") as ledger:
+        start(ledger)
+    assert (tmp_path / "state" / "my.db").exists()
+
+
+def test_a_postgresql_that_does_not_answer_is_named() -> None:
+    pytest.importorskip("psycopg", reason="the PostgreSQL driver psycopg is not installed")
+    with pytest.raises(StateError, match="check the database and its address"):
+        Ledger.open(f"postgresql+psycopg://edge@127.0.0.1:{free_port()}/edge")
+
+
+def test_a_full_disk_refuses_updates_and_loses_none(small_disk: Path) -> None:
+    with Ledger.open(small_disk) as ledger:
+        start(ledger)
+        assert count(ledger, "d0").verdict == "accepted"
+        big = adding("big", size_bytes=2_000_000)
+        for device in ("d1", "d2"):
+            with pytest.raises(StateError, match=r"ledger\.sqlite: .*; (free some|check its disk)"):
+                ledger.count_update(JOB, upload(device), big)
+            assert ledger.verdict_of(JOB, 1, device) is None
+        subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+        assert ledger.count_update(JOB, upload("d1"), big).verdict == "accepted"
+        assert ledger.verdict_of(JOB, 1, "d0") == Answer("accepted", repeated=True)
+        assert healthy(ledger)
+
+
+def test_a_read_only_disk_is_named(small_disk: Path) -> None:
+    with Ledger.open(small_disk) as ledger:
+        start(ledger)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StateError, match="make it writable for this user"):
+        Ledger.open(small_disk, exclusive=False)
+
+
+PRELUDE = """
+import os, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_ledger import *
+state = sys.argv[1]
+"""
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_a_file_size_limit_refuses_updates_and_loses_none(state: Path) -> None:
+    script = """
+ledger = Ledger.open(state)
+count(ledger, "d0")
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try: ledger.count_update(JOB, upload("d1"), adding("big", size_bytes=2_000_000))
+except StateError as error: print(error)
+"""
+    done = run(script, state)
+    assert "ledger.sqlite" in done.stdout, done.stderr
+    with Ledger.open(state) as ledger:
+        assert ledger.verdict_of(JOB, 1, "d1") is None
+        assert count(ledger, "d0").repeated
+        assert healthy(ledger)
+
+
+@pytest.mark.parametrize("point", ["entered", "loaded", "one saved", "all saved", "committed"])
+def test_a_worker_killed_anywhere_counted_all_or_nothing(state: Path, point: str) -> None:
+    script = """
+def die(here):
+    if here == sys.argv[2]: os.kill(os.getpid(), signal.SIGKILL)
+def fold(load, save):
+    die("entered")
+    known = load("one"); die("loaded")
+    save("one", bytes([20]) + bytes(7) + bytes([2]) + bytes(7), 20, 2); die("one saved")
+    save("two", bytes([20]) + bytes(7) + bytes([2]) + bytes(7), 20, 2); die("all saved")
+ledger = Ledger.open(state)
+count(ledger, "d1")
+ledger.count_update(JOB, upload("d2"), fold); die("committed")
+"""
+    done = run(script, state, point)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with Ledger.open(state) as ledger:
+        stored = ledger.verdict_of(JOB, 1, "d2")
+        assert stored == (Answer("accepted", repeated=True) if point == "committed" else None)
+        assert healthy(ledger)
+        assert count(ledger, "d2").repeated == (point == "committed")
+        assert sums(ledger) == {"one": (20, 2), "two": (20, 2)}
+        assert healthy(ledger)
+
+
+def test_a_worker_killed_at_random_moments_loses_no_acknowledged_update(state: Path) -> None:
+    script = """
+ledger = Ledger.open(state)
+for number in range(100_000):
+    count(ledger, f"{sys.argv[2]}-{number}"); print(number, flush=True)
+"""
+    acknowledged: list[str] = []
+    for turn in range(3):
+        command = [sys.executable, "-c", PRELUDE + script, str(state), str(turn)]
+        worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert worker.stdout is not None
+        for _ in range(5 + 7 * turn):
+            acknowledged.append(f"{turn}-{worker.stdout.readline().strip()}")
+        worker.kill()
+        rest, _ = worker.communicate()
+        whole = rest[: rest.rfind("\n") + 1]
+        acknowledged += [f"{turn}-{line}" for line in whole.splitlines()]
+    with Ledger.open(state) as ledger:
+        answers = ledger.answers(JOB, 1)
+        assert set(acknowledged) <= answers.verdicts.keys()
+        assert sums(ledger)["one"] == (10 * len(answers.verdicts), len(answers.verdicts))
+        checks = ledger.audit(JOB, [(1, name) for name in acknowledged])
+        assert all(check.ok for check in checks)
+
+
+def test_two_processes_that_get_every_update_count_each_once(state: Path) -> None:
+    script = """
+with Ledger.open(state, slot=int(sys.argv[2]), exclusive=False) as ledger:
+    print("ready", flush=True); sys.stdin.readline()
+    for number in range(40): count(ledger, f"d{number}")
+"""
+    commands = [[sys.executable, "-c", PRELUDE + script, str(state), str(slot)] for slot in (0, 1)]
+    workers = [
+        subprocess.Popen(c, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.communicate("go\n")
+        assert worker.returncode == 0
+    with Ledger.open(state) as ledger:
+        assert sums(ledger) == {"one": (400, 40), "two": (400, 40)}
+        assert healthy(ledger)
+
+
+def test_a_paused_worker_and_its_replacement_share_a_slot_without_loss(
+    ledger: Ledger, where: str
+) -> None:
+    with Ledger.open(where, slot=0, exclusive=False) as twin:
+
+        def work(worker: Ledger, name: str) -> None:
+            for number in range(20):
+                count(worker, f"{name}-{number}")
+
+        pairs = ((ledger, "a"), (twin, "b"))
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert sums(ledger) == {"one": (400, 40), "two": (400, 40)}
+
+
+def test_closing_while_threads_count_leaves_no_accepted_update_out(
+    ledger: Ledger, where: str
+) -> None:
+    seen: list[tuple[str, str]] = []
+    some = threading.Event()
+
+    def work(worker: Ledger, name: str) -> None:
+        for number in range(1000):
+            answer = count(worker, f"{name}-{number}")
+            seen.append((f"{name}-{number}", answer.verdict))
+            if len(seen) >= 30:
+                some.set()
+            if answer.verdict == "late":
+                return
+
+    with Ledger.open(where, slot=1, exclusive=False) as second:
+        pairs = ((ledger, "a"), (ledger, "b"), (second, "c"), (second, "d"))
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        assert some.wait(30)
+        counted = ledger.close_round(JOB, 1).counted
+        final = sums(ledger)
+        for thread in threads:
+            thread.join(30)
+    accepted = [device for device, verdict in seen if verdict == "accepted"]
+    assert final == sums(ledger) == {block: (10 * len(accepted), len(accepted)) for block in final}
+    assert counted == len(accepted)
+    checks = ledger.audit(JOB, [(1, device) for device in accepted])
+    assert [check for check in checks if not check.ok] == []
+
+
+SPOILERS = {
+    "I2": "UPDATE partial SET devices = 2 WHERE block = 'one'",
+    "I5": "UPDATE upload SET digest = '' WHERE device = 'd1'",
+    "I6": "UPDATE version SET parent = 'x' WHERE v = 1",
+    "I7": "UPDATE upload SET verdict = 'accepted' WHERE device = 'late'",
+    "balance": "UPDATE version SET devices = 3 WHERE v = 1",
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_the_audit_notices_cooked_books(state: Path, name: str) -> None:
+    with Ledger.open(state) as ledger:
+        count(ledger, "d1")
+        ledger.close_round(JOB, 1)
+        count(ledger, "late")
+        ledger.publish(JOB, 1, version=1, sha=NEXT, parent=BASE)
+        assert healthy(ledger)
+    with sqlite3.connect(state / "ledger.sqlite") as raw:
+        raw.execute(SPOILERS[name])
+    raw.close()
+    with Ledger.open(state) as ledger:
+        wrong = [check for check in ledger.audit(JOB) if not check.ok]
+        assert any(check.name.startswith(name) and check.detail for check in wrong)
+
+
+def test_the_audit_notices_a_receipt_without_a_row(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    assert all(check.ok for check in ledger.audit(JOB, [(1, "d1")]))
+    wrong = [check for check in ledger.audit(JOB, [(1, "d1"), (1, "ghost")]) if not check.ok]
+    assert [check.detail for check in wrong] == ["ghost was told accepted in round 1, no row"]
