@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
@@ -21,9 +22,13 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4,
 FLOAT_DTYPES = frozenset({"float32", "float16", "float64"})
 TRUNK = "trunk"
 MAX_BLOCKS = 512
+# Every name stands twice in an offer, and the offer of the largest model has to be one message.
+MAX_NAMES_BYTES = 28_000
 MAX_TENSOR_ELEMENTS = 1 << 31
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+\Z")]
+MAX_NAME_BYTES = 128
+NAME = r"^[A-Za-z0-9_.\-]+\Z"
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES, pattern=NAME)]
 Dimension = Annotated[int, Meta(ge=0, le=MAX_TENSOR_ELEMENTS)]
 
 
@@ -81,8 +86,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 1 <= len(self.blocks) <= MAX_BLOCKS:
             raise TaskError(f"a model needs 1 to {MAX_BLOCKS} blocks, this one has {len(self.blocks)}")
-        _refuse_repeats("block", [block.name for block in self.blocks])
-        _refuse_repeats("tensor", [t.name for block in self.blocks for t in block.tensors])
+        _check_names("block", self.names)
+        _check_names("tensor", [t.name for block in self.blocks for t in block.tensors])
+        names_bytes = sum(len(name) for name in self.names)
+        if names_bytes > MAX_NAMES_BYTES:
+            raise TaskError(
+                f"the names of all blocks take {names_bytes} bytes, the limit is {MAX_NAMES_BYTES}: "
+                "name the blocks in the task, shorter"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,9 +130,14 @@ def content_hash(parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_repeats(what: str, names: Sequence[str]) -> None:
+def _check_names(what: str, names: Sequence[str]) -> None:
     seen: set[str] = set()
     for name in names:
+        if len(name) > MAX_NAME_BYTES or re.match(NAME, name) is None:
+            raise TaskError(
+                f"{what} name {name[:200]!r} must be 1 to {MAX_NAME_BYTES} of the characters "
+                "A-Z, a-z, 0-9, '_', '.' and '-'"
+            )
         if name in seen:
             raise TaskError(f"{what} {name!r} is listed twice: blocks must not overlap")
         seen.add(name)

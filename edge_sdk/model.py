@@ -7,6 +7,7 @@ before and after; several such branches, each a chain, joined by a trunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,11 +50,14 @@ class BlockModel:
             )
         self.groups, self.chain_of = cut(self.module, task)
         self.spec = _describe(self.module, self.groups, self.chain_of)
-        self._tensors = self.module.state_dict(keep_vars=True)
 
     def tensors(self, block: str) -> dict[str, torch.Tensor]:
-        """The live tensors of a block, by name."""
-        return {t.name: self._tensors[t.name] for t in self.spec.block(block).tensors}
+        """The live tensors of a block, by name; looked up anew, as a module may replace a buffer."""
+        live = {}
+        for spec in self.spec.block(block).tensors:
+            owner, _, leaf = spec.name.rpartition(".")
+            live[spec.name] = getattr(self.module.get_submodule(owner), leaf)
+        return live
 
     def read(self, block: str) -> Arrays:
         """A block's weights as arrays that share the module's memory."""
@@ -69,7 +73,8 @@ class BlockModel:
         """Make exactly these blocks trainable and return their parameters.
 
         Everything else is frozen and in evaluation mode, so that autograd records nothing below
-        the lowest open block and normalisation statistics of frozen blocks stay as they are.
+        the lowest open block and normalisation statistics of frozen blocks stay as they are. A
+        module without tensors, such as Dropout, goes with the module it is in.
         """
         names = {t.name for b in blocks for t in self.spec.block(b).tensors}
         trained = []
@@ -77,9 +82,13 @@ class BlockModel:
             parameter.requires_grad_(name in names)
             if name in names:
                 trained.append(parameter)
+        keys = list(self.module.state_dict())
+        is_open = {"": bool(names)}
         for prefix, module in self.module.named_modules():
-            own = [n for n, _ in _own_tensors(module, prefix)]
-            module.training = not own or any(n in names for n in own)
+            inside = [key for key in keys if key.startswith(prefix + ".")] if prefix else []
+            default = is_open[prefix.rpartition(".")[0]]
+            is_open[prefix] = any(key in names for key in inside) if inside else default
+            module.training = is_open[prefix]
         return trained
 
     def run(self, inputs: Any) -> Any:
@@ -105,6 +114,8 @@ def cut(module: nn.Module, task: Task) -> tuple[Groups, dict[str, str]]:
 def _refuse_shared(module: nn.Module) -> None:
     owner: dict[int, str] = {}
     for key, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TaskError(f"state_dict entry {key!r} is {type(tensor).__name__}, not a tensor")
         if tensor.dtype not in _DTYPES:
             raise TaskError(f"tensor {key!r}: dtype {tensor.dtype} is not supported")
         first = owner.setdefault(id(tensor), key)
@@ -146,7 +157,7 @@ def _chains(task: Task, groups: Groups) -> dict[str, str]:
 
 def _found(module: nn.Module) -> tuple[Groups, dict[str, str]]:
     branches = [
-        name for name, child in module.named_children() if _layers(child) and not _is_list(child)
+        name for name, child in module.named_children() if not _is_list(child) and _stacks(child)
     ]
     if isinstance(module, nn.Sequential) or len(branches) < 2:
         groups = _chain(module, "")
@@ -167,39 +178,36 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def _layers(module: nn.Module) -> str | None:
-    """Name of the child that holds a stack of layers; '' if the module itself is the stack."""
-    if _is_list(module):
-        return "" if len(list(module.children())) > 1 else None
-    for name, child in module.named_children():
-        if _is_list(child) and sum(1 for c in child.children() if c.state_dict()) > 1:
-            return name
-    return None
+def _stacks(module: nn.Module) -> list[str]:
+    """Paths of the lists of layers in a module: its children, or those of the one child with any."""
+    lists = [
+        name
+        for name, child in module.named_children()
+        if _is_list(child) and sum(1 for layer in child.children() if layer.state_dict()) > 1
+    ]
+    if lists:
+        return lists
+    deeper = [
+        [f"{name}.{path}" for path in _stacks(child)]
+        for name, child in module.named_children()
+        if not _is_list(child)
+    ]
+    found = [paths for paths in deeper if paths]
+    return found[0] if len(found) == 1 else []
 
 
 def _chain(module: nn.Module, prefix: str) -> Groups:
-    stack = _layers(module)
     keys = list(module.state_dict())
-    if stack == "" or stack is None:
-        return _by_child(keys, prefix, prefix)
-    place = [key.split(".")[0] for key in keys].index(stack)
-    inside = [key for key in keys if key.startswith(stack + ".")]
-    before = [k for k in keys[:place] if k not in inside]
-    after = [k for k in keys[place:] if k not in inside]
+    stacks = [] if _is_list(module) else [path + "." for path in _stacks(module)]
+    stack_of = [next((s for s in stacks if key.startswith(s)), "") for key in keys]
+    inside = [place for place, stack in enumerate(stack_of) if stack]
     groups: Groups = {}
-    if before:
-        groups[prefix + "embed"] = [prefix + k for k in before]
-    groups.update(_by_child([k[len(stack) + 1 :] for k in inside], prefix + stack + ".", prefix + stack + "."))
-    if after:
-        groups[prefix + "head"] = [prefix + k for k in after]
-    return groups
-
-
-def _by_child(keys: list[str], prefix: str, name: str) -> Groups:
-    groups: Groups = {}
-    for key in keys:
-        child, _, rest = key.partition(".")
-        groups.setdefault(name + (child if rest else "own"), []).append(prefix + key)
+    for place, (key, stack) in enumerate(zip(keys, stack_of, strict=True)):
+        child, _, rest = key[len(stack) :].partition(".")
+        name = stack + (child if rest else "own")
+        if inside and not inside[0] <= place <= inside[-1]:
+            name = "embed" if place < inside[0] else "head"
+        groups.setdefault(prefix + name, []).append(prefix + key)
     return groups
 
 
@@ -255,12 +263,14 @@ class _Trace(TorchFunctionMode):
         count = _FLOPS.get(getattr(func, "__name__", ""))
         if count is not None:
             first = out if isinstance(out, torch.Tensor) else out[0]
-            self.flops[self.block] = self.flops.get(self.block, 0) + int(count(first, *args))
+            given = (*args, *(kwargs or {}).values())
+            self.flops[self.block] = self.flops.get(self.block, 0) + int(count(first, *given))
         return out
 
 
 def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> int:
-    weights = next(item for item in rest if isinstance(item, (list, tuple)) and len(item) > 1)
+    # The first list of an LSTM is its two states, the weights are the last one.
+    weights = [item for item in rest if isinstance(item, (list, tuple))][-1]
     steps = inputs.numel() // inputs.shape[-1]
     return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
 
@@ -268,6 +278,20 @@ def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> in
 def _attention_flops(_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
     width, positions = query.shape[-1], query.numel() // query.shape[-1]
     return positions * (8 * width * width + 4 * key.shape[0] * width)
+
+
+def _einsum_flops(out: torch.Tensor, equation: Any, *operands: Any) -> int:
+    if not isinstance(equation, str):
+        return 0
+    given = operands[0] if isinstance(operands[0], (list, tuple)) else operands
+    terms, _, result = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms.split(","), given, strict=True):
+        left, _, right = term.partition("...")
+        sizes.update(zip(left, operand.shape, strict=False))
+        sizes.update(zip(reversed(right), reversed(operand.shape), strict=False))
+    result = result or "".join(letter for letter in terms if terms.count(letter) == 1)
+    return 2 * out.numel() * math.prod(n for letter, n in sizes.items() if letter not in result)
 
 
 # A multiply-add counts as two; what is not here costs little beside these.
@@ -287,6 +311,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     ),
     "scaled_dot_product_attention": lambda out, q, k, *_: 4 * q.numel() * k.shape[-2],
     "multi_head_attention_forward": _attention_flops,
+    "einsum": _einsum_flops,
     **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _recurrent_flops),
 }
 
@@ -295,11 +320,15 @@ def cost_table(model: BlockModel, inputs: Callable[[int], Any], targets: Callabl
     """What each block costs, from two traced passes over small batches of real samples.
 
     ``inputs(n)`` and ``targets(n)`` give the first n samples. Two batch sizes separate what grows
-    with the batch from what does not.
+    with the batch from what does not. The model stays as it was.
     """
     model.open_only(model.spec.names)
+    buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
     small, large = _saved_bytes(model, inputs(2), targets(2)), _saved_bytes(model, inputs(4), targets(4))
     trace = _trace(model, inputs(2))
+    with torch.no_grad():
+        for name, buffer in model.module.named_buffers():
+            buffer.copy_(buffers[name])
     blocks = []
     for block in model.spec.blocks:
         held = large.get(block.name, 0) - small.get(block.name, 0)

@@ -43,6 +43,7 @@ from edge_sdk.link import (
     ProtocolName,
     Setup,
     Shared,
+    TakenOver,
     Vigil,
     explain,
     guarded,
@@ -54,13 +55,14 @@ from edge_sdk.link import (
     tune,
 )
 
+__all__ = ["Arrived", "Link", "LinkDown", "LinkEvent", "LinkUp", "TakenOver", "connect_once"]
+
 # Some brokers cut at the announced second instead of the 1.5-fold the standard allows.
 KEEPALIVE_GRACE_S = 2
 TCP_LIMIT_S = 5.0
 # A broker without MQTT 5 may keep silent instead of refusing it.
 TRY_NEWEST_S = 3.0
-CONNACK_LIMIT_S = 10.0
-SUBACK_LIMIT_S = 10.0
+ANSWER_LIMIT_S = 10.0
 CLOSE_LIMIT_S = 2.0
 # Brokers announce 10 to 65535; more than this adds memory, not speed.
 INFLIGHT_MAX = 64
@@ -227,7 +229,7 @@ class Link:
     def _live_once(self) -> tuple[_Connection, float]:
         """One connection from greeting to end; LinkError when it never came to be."""
         make = partial(_Connection, self._setup, self._shared)
-        connection = _negotiate(make, self.protocol, CONNACK_LIMIT_S)
+        connection = _negotiate(make, self.protocol, ANSWER_LIMIT_S)
         born_s = time.monotonic()
         try:
             self._serve(connection)
@@ -444,10 +446,9 @@ class _Connection:
             kind = BrokerUnreachable if self._client.opening else _Silent
             raise kind(no_broker(self._setup.address, self._client.ending or self.reason))
         reason, properties = self._connack
-        if reason.value == _UNSUPPORTED_VERSION:
-            raise _OtherVersion(refusal(self._setup, str(reason), reason.value))
         if reason.is_failure:
-            raise BrokerRefused(refusal(self._setup, str(reason), reason.value))
+            refused = _OtherVersion if reason.value == _UNSUPPORTED_VERSION else BrokerRefused
+            raise refused(refusal(self._setup, str(reason), reason.value))
         self._accept_terms(properties)
 
     def _accept_terms(self, properties: Properties) -> None:
@@ -477,11 +478,11 @@ class _Connection:
     def subscribe_and_wait(self, topic_filters: tuple[str, ...]) -> None:
         """Subscribe, and serve until the answer is here, the connection ends or time is up."""
         self._awaited_mid = self.subscribe(topic_filters) if topic_filters else None
-        deadline_s = time.monotonic() + SUBACK_LIMIT_S
+        deadline_s = time.monotonic() + ANSWER_LIMIT_S
         while self.alive and self._awaited_mid is not None and not self._shared.closing.is_set():
             self.step(deadline_s - time.monotonic())
             if time.monotonic() >= deadline_s:
-                self.abort(f"no answer to a subscription in {SUBACK_LIMIT_S:.0f} s")
+                self.abort(f"no answer to a subscription in {ANSWER_LIMIT_S:.0f} s")
 
     def step(self, limit_s: float | None = None) -> None:
         """Wait for the socket, the alarm or the next deadline, then move bytes."""

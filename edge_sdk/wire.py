@@ -401,6 +401,8 @@ def _convert(body: bytes, cls: type[T], where: str) -> T:
             max_bin_len=len(body),
             max_array_len=MAX_BLOCKS,
             max_map_len=64,
+            # Timestamps are an extension that never reaches the hook; no other has length 0.
+            max_ext_len=0,
         )
         return msgspec.convert(fields, cls, strict=True)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:

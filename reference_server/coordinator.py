@@ -541,8 +541,8 @@ class Coordinator:
         peak = process_peak_bytes()
         totals = {
             "updates_double": sum(not check.ok for check in checks),
-            "peak_rss_server_bytes": peak.bytes if peak is not None else 0,
-            "cpu_s_server": process_cpu_s() or 0.0,
+            "peak_rss_server_bytes": peak,
+            "cpu_s_server": process_cpu_s(),
             "messages_dropped": self._dropped,
         }
         report = self._report.finish(

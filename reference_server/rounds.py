@@ -119,7 +119,11 @@ class RoundPolicy:
     @property
     def longest_s(self) -> float:
         """No round is open longer than this, whatever fails."""
-        return self.deadline_s + self.max_extensions * self.extend_s
+        return self.given_s(self.max_extensions)
+
+    def given_s(self, extensions: int) -> float:
+        """How long a round is open with so many extensions."""
+        return self.deadline_s + extensions * self.extend_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +173,12 @@ class Decision:
 
 def deadline_s(view: RoundView, policy: RoundPolicy) -> float:
     """The moment at which the round must be decided, extensions given so far included."""
-    return view.opened_at_s + policy.deadline_s + view.extensions * policy.extend_s
+    return view.opened_at_s + policy.given_s(view.extensions)
 
 
 def opened_at_s(policy: RoundPolicy, extensions: int, remaining_s: float, now_s: float) -> float:
     """When a round with ``remaining_s`` left would have been opened, on a restarted clock."""
-    given_s = policy.deadline_s + extensions * policy.extend_s
+    given_s = policy.given_s(extensions)
     return now_s + min(max(remaining_s, 0.0), given_s) - given_s
 
 

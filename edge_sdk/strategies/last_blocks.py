@@ -57,8 +57,9 @@ def last_blocks(spec: ModelSpec, open_blocks: Sequence[str]) -> list[tuple[str, 
 
 
 def everything(spec: ModelSpec, open_blocks: Sequence[str]) -> list[tuple[str, ...]]:
-    """The one candidate of full training."""
-    return [tuple(name for name in spec.names if name in open_blocks)]
+    """The one candidate of full training; none when no block of the model is open."""
+    blocks = tuple(name for name in spec.names if name in open_blocks)
+    return [blocks] if blocks else []
 
 
 def device_round(

@@ -1,0 +1,633 @@
+"""The commands of ``edge-sdk``; each reads its arguments, calls the house and prints.
+
+Exit codes: 0 done, 2 you can fix it, 3 network, 4 the other side refused. What is heavy (torch,
+numpy, onnxruntime, the agent) is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import msgspec
+
+from edge_sdk import __version__
+from edge_sdk.cost import CostTable
+from edge_sdk.errors import (
+    MIB,
+    ConfigError,
+    EdgeError,
+    LinkError,
+    NothingFits,
+    PeerError,
+    ProtocolMisuse,
+    TaskError,
+)
+from edge_sdk.profile import DeviceProfile, budget, load_profile, profile_toml, shipped_profiles
+from edge_sdk.wire import DEVICE_ID, Training
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_sdk.plan import Plan
+    from edge_sdk.screen import Outcome
+
+PATH = click.Path(path_type=Path)
+MEASURE, ALL = "measure", "all"
+# Costs of the largest model allowed are well below.
+MAX_COST_TABLE_BYTES = 64 * MIB
+SHOWN_CLASSES = 10
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+state_option = click.option(
+    "--state", "state_dir", type=PATH, help="State directory.  [default: below ~/.edge-sdk]"
+)
+
+
+class CostFile(CostTable, frozen=True, kw_only=True):
+    """A stored cost table, and what of its task a plan depends on besides."""
+
+    training: Training = Training()
+    num_examples: int | None = None
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Train on this device what it can afford, together with others, over MQTT."""
+    if os.environ.get("NO_COLOR"):
+        context.color = False
+
+
+# -- profile ------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="Within 2 seconds instead of 5.")
+@click.option("--name", help="Label of the profile.  [default: made from the board's name]")
+@click.option("--save", "save_path", type=PATH, help="Write the profile here, as TOML.")
+@state_option
+@json_option
+def profile(
+    quick: bool, name: str | None, save_path: Path | None, state_dir: Path | None, as_json: bool
+) -> None:
+    """Measure this machine: what training may use of it, and where each figure comes from."""
+    from edge_sdk.probe import probe
+    from edge_sdk.screen import profile_lines
+
+    _progress("measuring memory, storage and processor")
+    result = probe(quick, state_dir or _home(), name=name)
+    if save_path is not None:
+        _write(save_path, profile_toml(result.profile).encode())
+    if as_json:
+        _print_json(
+            {
+                "profile": msgspec.to_builtins(result.profile),
+                "took_s": result.took_s,
+                "spreads": result.spreads,
+                "not_measured": result.not_measured,
+            }
+        )
+        return
+    for line in profile_lines(result):
+        click.echo(line)
+
+
+# -- plan ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--task", "task_path", type=PATH, help="A Python file with task(); needs torch.")
+@click.option("--cost-table", "table_path", type=PATH, help="Costs stored earlier; without torch.")
+@click.option("--profile", "profile_name", required=True, help="A name, a TOML file, measure, all.")
+@click.option("--strategy", default="last_blocks", show_default=True)
+@click.option("--codec", default="int8", show_default=True, help="Updates as fp32, fp16 or int8.")
+@click.option("--deadline-s", type=click.FloatRange(0.1, 1e7), default=60.0, show_default=True)
+@click.option("--memory-mb", type=click.IntRange(1, 1 << 30), help="Use at most so many MiB.")
+@click.option("--batch-size", type=click.IntRange(1, 65536), help="Instead of the task's.")
+@click.option("--num-examples", type=click.IntRange(1, 1 << 40), help="Instead of the data's.")
+@click.option("--part", type=click.IntRange(0), default=0, show_default=True, help="Whose data.")
+@click.option("--parts", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--save-cost-table", "save_path", type=PATH, help="Store the costs as JSON.")
+@json_option
+def plan(
+    task_path: Path | None, table_path: Path | None, part: int, parts: int,
+    batch_size: int | None, num_examples: int | None, save_path: Path | None,
+    profile_name: str, as_json: bool, **terms: Any,
+) -> None:  # fmt: skip
+    """Show which blocks a device would train, what that costs, and why not more; no network."""
+    if (task_path is None) == (table_path is None):
+        raise ConfigError("give either --task FILE or --cost-table FILE")
+    _check_part(part, parts)
+    _check_terms(**terms)
+    profiles = _profiles(profile_name)
+    costs = _read_costs(table_path) if table_path else _measure_costs(task_path, part, parts)
+    if save_path is not None:
+        _write(save_path, msgspec.json.format(msgspec.json.encode(costs)) + b"\n")
+    training = msgspec.structs.replace(
+        costs.training, batch_size=batch_size or costs.training.batch_size
+    )
+    examples = num_examples or costs.num_examples
+    if examples is None:
+        raise ConfigError(f"cost table {table_path} does not say num_examples; give --num-examples")
+    costs = msgspec.structs.replace(costs, training=training, num_examples=examples)
+    outcomes = [(p, *_try_plan(costs, p, examples, **terms)) for p in profiles]
+    _show_plans(costs, outcomes, terms, single=profile_name != ALL, as_json=as_json)
+
+
+def _check_terms(strategy: str, codec: str, **_: Any) -> None:
+    """Fail before anything is measured when a name does not exist."""
+    from edge_sdk.codec import CODECS
+    from edge_sdk.strategies import strategy_named
+
+    strategy_named(strategy)
+    if codec not in CODECS:
+        raise ConfigError(f"codec {codec!r} is unknown; known are {', '.join(CODECS)}")
+
+
+def _check_part(part: int, parts: int) -> None:
+    if part >= parts:
+        raise ConfigError(
+            f"--part {part} does not exist: with --parts {parts} it is 0 to {parts - 1}"
+        )
+
+
+def _profiles(name: str) -> list[DeviceProfile]:
+    if name == ALL:
+        return [load_profile(shipped) for shipped in shipped_profiles()]
+    return [_quick_probe(_home()) if name == MEASURE else load_profile(name)]
+
+
+def _measure_costs(task_path: Path | None, part: int, parts: int) -> CostFile:
+    from edge_sdk.task import check_task_file, load_task
+
+    assert task_path is not None
+    check_task_file(task_path)
+    _progress("loading torch")
+    with _extra("train"):
+        from edge_sdk.model import BlockModel
+        from edge_sdk.train import Samples, costs
+    task = load_task(task_path)
+    _progress(f"measuring the costs of task {task.name!r}")
+    model = BlockModel(task)
+    where = f"task {task.name!r}: train_data({part}, {parts})"
+    try:
+        data = task.train_data(part, parts)
+    except Exception as error:
+        raise TaskError(f"{where} failed: {type(error).__name__}: {error}") from error
+    samples = Samples(data, where)
+    table = costs(model, samples)
+    return CostFile(
+        task=table.task,
+        spec=table.spec,
+        blocks=table.blocks,
+        training=task.training,
+        num_examples=samples.count,
+    )
+
+
+def _read_costs(path: Path) -> CostFile:
+    """A stored cost table; ConfigError when the file is anything else."""
+    advice = f"make one with `edge-sdk plan --task FILE --save-cost-table {path}`"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_COST_TABLE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cost table {path}: {error.strerror or error}; {advice}") from error
+    if len(data) > MAX_COST_TABLE_BYTES:
+        raise ConfigError(f"cost table {path}: over {MAX_COST_TABLE_BYTES} bytes; {advice}")
+    try:
+        return msgspec.json.decode(data, type=CostFile)
+    except (msgspec.MsgspecError, ConfigError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"cost table {path}: {error}; {advice}") from error
+
+
+def _try_plan(
+    costs: CostFile, profile: DeviceProfile, num_examples: int, *,
+    strategy: str, codec: str, deadline_s: float, memory_mb: int | None,
+) -> tuple[Plan | None, str]:  # fmt: skip
+    """The plan, or None and why nothing fits."""
+    from edge_sdk.codec import bits_per_param
+    from edge_sdk.plan import Limits, choose
+    from edge_sdk.strategies import strategy_named
+
+    flag_bytes = None if memory_mb is None else memory_mb * MIB
+    limit = budget(profile, available_bytes=None, cgroup_limit_bytes=None, flag_bytes=flag_bytes)
+    limits = Limits(
+        memory_bytes=limit.memory_bytes,
+        bound_by=limit.bound_by,
+        floor_bytes=profile.torch_floor_bytes,
+        flops_per_s=profile.flops_per_s,
+        uplink_bytes_per_s=profile.uplink_bytes_per_s,
+        downlink_bytes_per_s=profile.downlink_bytes_per_s,
+        deadline_s=deadline_s,
+    )
+    try:
+        chosen = choose(
+            costs,
+            strategy_named(strategy).candidates(costs.spec, costs.spec.names),
+            costs.training,
+            limits,
+            num_examples=num_examples,
+            codec=codec,
+            bits_per_param=bits_per_param(codec),
+        )
+    except NothingFits as error:
+        return None, str(error)
+    return chosen, ""
+
+
+def _show_plans(
+    costs: CostFile, outcomes: list[Outcome], terms: dict[str, Any], *, single: bool, as_json: bool
+) -> None:
+    """Print what was planned; with a single profile, NothingFits after that."""
+    from edge_sdk.screen import block_costs, block_lines, board_lines, plan_lines
+
+    profile, chosen, reason = outcomes[0]
+    if as_json:
+        plans = [
+            {"profile": p.name, "plan": msgspec.to_builtins(found), "reason": why}
+            for p, found, why in outcomes
+        ]
+        head = {
+            "task": costs.task,
+            **terms,
+            "training": msgspec.to_builtins(costs.training),
+            "num_examples": costs.num_examples,
+            "blocks": block_costs(costs),
+        }
+        _print_json({**head, **plans[0]} if single else {**head, "plans": plans})
+    else:
+        lines = [*block_lines(costs, costs.num_examples or 0), ""]
+        if not single:
+            lines += board_lines(outcomes)
+        elif chosen is not None:
+            lines += plan_lines(profile, chosen)
+        click.echo("\n".join(lines))
+    if single and chosen is None:
+        raise NothingFits(f"{profile.name}: {reason}")
+
+
+# -- run ----------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--task", "task_path", type=PATH, required=True, help="A Python file with task().")
+@click.option(
+    "--broker", envvar="EDGE_BROKER", show_envvar=True, required=True,
+    help="mqtt://[USER:PASSWORD@]HOST[:PORT], or mqtts:// for TLS.",
+)  # fmt: skip
+@click.option("--job", required=True, help="Name of the job, as the server prints it.")
+@click.option("--device", help="This device's id.  [default: host name and a random number]")
+@click.option(
+    "--profile", "profile_name", default=MEASURE, show_default=True,
+    help="A name, a TOML file, or measure: once, then kept in the state directory.",
+)  # fmt: skip
+@click.option("--part", type=click.IntRange(0), default=0, show_default=True, help="Whose data.")
+@click.option("--parts", type=click.IntRange(1), default=1, show_default=True)
+@state_option
+@click.option("--memory-mb", type=click.IntRange(1, 1 << 30), help="Use at most so many MiB.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="[default: the profile's cores]")
+@click.option("--ca-file", help="PEM file with the CA of the broker's certificate.")
+@click.option("--keep-trying", is_flag=True, help="Wait for a broker that is not there yet.")
+@click.option("--nursery", hidden=True, help="Socket of a process that forks trainers.")
+@click.option("--verbose", is_flag=True, help="Log more.")
+@json_option
+def run(**options: Any) -> None:
+    """Join a job and work until it is over; SIGTERM ends it in good order."""
+    with _end_on_sigterm():
+        _run(**options)
+
+
+def _run(
+    *, task_path: Path, broker: str, job: str, device: str | None, profile_name: str, part: int,
+    parts: int, state_dir: Path | None, memory_mb: int | None, threads: int | None,
+    ca_file: str | None, keep_trying: bool, nursery: str | None, verbose: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from edge_sdk.link import parse_address
+    from edge_sdk.store import DirectoryLock, Identity, make_directory
+    from edge_sdk.task import check_task_file
+
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    check_task_file(task_path)
+    _check_part(part, parts)
+    if nursery is None and find_spec("torch") is None:
+        raise ConfigError(f"torch is not installed: {_pip('train')}")
+    address = parse_address(broker)
+    state_dir = make_directory(state_dir or _home() / _job(job))
+    lock = DirectoryLock(state_dir)
+    try:
+        stem = socket.gethostname()
+        identity = Identity.load_or_create(
+            state_dir, stem=stem, rng=random.SystemRandom(), device=device
+        )
+        if not keep_trying:
+            _knock(broker, identity.device, ca_file)
+        profile = _own_profile(profile_name, state_dir)
+        from edge_sdk.agent import Agent, AgentSettings
+
+        report = _reporter(as_json)
+        report(
+            {
+                "event": "started",
+                "device": identity.device,
+                "job": job,
+                "broker": str(address),
+                "profile": profile.name,
+                "state": str(state_dir),
+            }
+        )
+        settings = AgentSettings(
+            url=broker, job=job, device=identity.device, task_path=task_path, state_dir=state_dir,
+            profile=profile, part=part, parts=parts, nursery=nursery, ca_file=ca_file,
+            threads=threads or max(1, min(profile.cores, os.cpu_count() or 1)),
+            memory_bytes=None if memory_mb is None else memory_mb * MIB, report=report,
+        )  # fmt: skip
+        Agent(settings).run()
+        report({"event": "done", "job": job})
+    finally:
+        lock.release()
+
+
+def _knock(broker: str, device: str, ca_file: str | None) -> None:
+    """Fail now, not after minutes of trying, when the broker is not there or refuses us."""
+    from edge_sdk.mqtt import connect_once
+
+    connect_once(broker, client_id=device, ca_file=ca_file)
+
+
+def _job(name: str) -> str:
+    if re.match(DEVICE_ID, name) is None:
+        raise ConfigError(f"--job {name!r}: use 1 to 64 of the characters a-z, 0-9 and '-'")
+    return name
+
+
+def _own_profile(name: str, state_dir: Path) -> DeviceProfile:
+    """The profile to run with; a measured one is kept, so that a device plans alike every day."""
+    if name != MEASURE:
+        return load_profile(name)
+    path = state_dir / "profile.toml"
+    if not path.exists():
+        _write(path, profile_toml(_quick_probe(state_dir)).encode())
+    return load_profile(path)
+
+
+def _quick_probe(state_dir: Path) -> DeviceProfile:
+    from edge_sdk.probe import probe
+
+    _progress("measuring this machine")
+    return probe(True, state_dir).profile
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def _end_on_sigterm() -> Iterator[None]:
+    """SIGTERM leaves the block in good order; a second one ends the process at once."""
+
+    def end(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except _Terminated:
+        return
+
+
+def _reporter(as_json: bool) -> Callable[[dict[str, Any]], None]:
+    from edge_sdk.screen import event_words
+
+    def report(event: dict[str, Any]) -> None:
+        click.echo(json.dumps(event) if as_json else event_words(event))
+
+    return report
+
+
+# -- infer --------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("model_path", metavar="MODEL.onnx", type=PATH)
+@click.option("--input", "input_path", type=PATH, required=True, help="Arrays: .npy or .npz.")
+@click.option("--output", "output_path", type=PATH, help="Write the outputs here, as .npz.")
+@click.option("--threads", type=click.IntRange(1, 4096), default=1, show_default=True)
+@json_option
+def infer(
+    model_path: Path, input_path: Path, output_path: Path | None, threads: int, as_json: bool
+) -> None:
+    """Run an exported model on arrays from a file."""
+    if not model_path.is_file():
+        raise ConfigError(f"model {model_path}: no such file; give an exported .onnx file")
+    with _extra("infer"):
+        from edge_sdk.infer import OnnxModel
+
+    model = OnnxModel(model_path, threads)
+    inputs = _inputs(input_path, tuple(model.inputs))
+    started_s = time.perf_counter()
+    outputs = model.run(inputs)
+    run_s = time.perf_counter() - started_s
+    if output_path is not None:
+        _save_arrays(output_path, outputs)
+    classes = [output.argmax(1).tolist() for output in outputs if output.ndim == 2]
+    if as_json:
+        _print_json(
+            {
+                "model": str(model_path),
+                "inputs": {name: list(array.shape) for name, array in inputs.items()},
+                "outputs": [list(output.shape) for output in outputs],
+                "run_s": run_s,
+                "top1": classes[0] if classes else None,
+            }
+        )
+        return
+    for name, array in inputs.items():
+        click.echo(f"input {name}: {array.dtype} {list(array.shape)}")
+    for place, output in enumerate(outputs):
+        click.echo(f"output {place}: {output.dtype} {list(output.shape)}")
+    click.echo(f"took {run_s * 1e3:.1f} ms on {threads} thread{'s' if threads > 1 else ''}")
+    if classes:
+        rest = len(classes[0]) - SHOWN_CLASSES
+        shown = " ".join(str(label) for label in classes[0][:SHOWN_CLASSES])
+        click.echo(f"top-1 classes: {shown}{f' and {rest} more' if rest > 0 else ''}")
+
+
+def _inputs(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """The file's arrays by input name; a lone array is the lone input, whatever its name."""
+    arrays = _load_arrays(path)
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise ConfigError(f"{path}: {name or 'the array'} has dtype {array.dtype}, not numbers")
+    if len(arrays) == len(names) == 1:
+        return {names[0]: next(iter(arrays.values()))}
+    if "" in arrays:
+        raise ConfigError(f"{path}: one array, the model takes {list(names)}; save them as .npz")
+    return arrays
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays of a .npz file by name, the array of a .npy file under ""; never unpickles."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(
+            f"{path}: no arrays can be read from it: {reason}; "
+            "write them with numpy.save or numpy.savez, without objects"
+        ) from error
+
+
+def _save_arrays(path: Path, outputs: list[np.ndarray[Any, Any]]) -> None:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"output_{place}": output for place, output in enumerate(outputs)})
+    _write(path, buffer.getvalue())
+
+
+# -- doctor -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--broker", envvar="EDGE_BROKER", show_envvar=True, help="Check this broker too.")
+@click.option("--ca-file", help="PEM file with the CA of the broker's certificate.")
+@state_option
+@json_option
+def doctor(broker: str | None, ca_file: str | None, state_dir: Path | None, as_json: bool) -> int:
+    """Check the installation, this machine, the state directory and the broker."""
+    from edge_sdk.doctor import examine, exit_code
+    from edge_sdk.link import parse_address
+
+    if broker is not None:
+        parse_address(broker)
+    colors = {"ok": "green", "warn": "yellow", "fail": "red"}
+    findings = []
+    for finding in examine(state_dir or _home(), broker, ca_file):
+        findings.append(finding)
+        if not as_json:
+            verdict = click.style(f"{finding.status:<4}", fg=colors[finding.status])
+            click.echo(f"{verdict}  {finding.name:<11}  {finding.seen}")
+            if finding.fix:
+                click.echo(f"{'':<19}to fix: {finding.fix}")
+    failed = [finding.name for finding in findings if finding.status == "fail"]
+    if as_json:
+        rows = [msgspec.to_builtins(finding) for finding in findings]
+        _print_json({"ok": not failed, "findings": rows})
+    elif failed:
+        click.echo(f"{len(failed)} of {len(findings)} failed: {', '.join(failed)}", err=True)
+    return exit_code(findings)
+
+
+# -- status -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@state_option
+@json_option
+def status(state_dir: Path | None, as_json: bool) -> None:
+    """Show what the device on this machine holds; may be used while it runs."""
+    from edge_sdk.doctor import is_state, state_of
+    from edge_sdk.screen import state_lines
+
+    if state_dir is not None and not is_state(state_dir):
+        raise ConfigError(
+            f"{state_dir} is no state directory: it holds no device-id; check --state"
+        )
+    homes = [state_dir] if state_dir else sorted(p for p in _home().glob("*") if is_state(p))
+    states = [state_of(home) for home in homes]
+    if as_json:
+        _print_json({"states": states})
+    elif not states:
+        click.echo(f"no job was run on this machine yet: nothing in {_home()}")
+    for state in [] if as_json else states:
+        click.echo("\n".join(state_lines(state, time.time())))
+
+
+# -- what the commands share --------------------------------------------------------------------
+
+
+def _home() -> Path:
+    try:
+        return Path.home() / ".edge-sdk"
+    except RuntimeError as error:
+        raise ConfigError("this user has no home directory; give --state DIR") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    from edge_sdk.store import write_atomically
+
+    write_atomically(path, data, mode=0o644)
+
+
+def _pip(extra: str) -> str:
+    return f"{sys.executable} -m pip install 'edge-sdk[{extra}]'"
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Imports that only work with one of the package's extras."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: {_pip(name)}") from error
+
+
+def _progress(words: str) -> None:
+    """Say what takes long, to a person only."""
+    if sys.stderr.isatty():
+        click.echo(f"{words} ...", err=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a fault of ours keeps its traceback."""
+    try:
+        result = cli.main(args=argv, prog_name="edge-sdk", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except ProtocolMisuse:
+        raise
+    except EdgeError as error:
+        click.echo(f"edge-sdk: {' '.join(str(error).split())}", err=True)
+        return _exit_code(error)
+    return result if isinstance(result, int) else 0
+
+
+def _exit_code(error: EdgeError) -> int:
+    if isinstance(error, LinkError):
+        return 3
+    return 4 if isinstance(error, PeerError) else 2

@@ -1,0 +1,156 @@
+"""What a person reads on a terminal: results and events as lines of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edge_sdk.cost import CostTable
+from edge_sdk.plan import Plan
+from edge_sdk.probe import ProbeResult
+from edge_sdk.profile import DeviceProfile, profile_toml
+
+# A board, what it would do, and why it cannot do anything when that is None.
+Outcome = tuple[DeviceProfile, Plan | None, str]
+
+
+def size(count: float) -> str:
+    """Bytes in binary units, as memory is counted."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:,.1f} {unit}"
+    return f"{count / 1024:,.1f} GiB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Aligned columns: the first and the last to the left, between them numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        between = [c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *between, row[-1]]).rstrip()
+
+
+def profile_lines(result: ProbeResult) -> Iterator[str]:
+    """The profile as TOML a profile file may consist of, source and spread beside each figure."""
+    values = profile_toml(result.profile).partition("\n\n[sources]")[0].splitlines()
+    width = max(len(line.partition("  # ")[0]) for line in values)
+    for line in values:
+        value, _, human = line.partition("  # ")
+        key = value.partition(" = ")[0]
+        spread = f"spread {result.spreads[key]:.0%}" if key in result.spreads else ""
+        notes = [human, result.profile.sources.get(key, ""), spread]
+        comment = "; ".join(note for note in notes if note)
+        yield f"{value:<{width}}  # {comment}" if comment else value
+    yield f"# took {result.took_s:.1f} s"
+
+
+def block_costs(costs: CostTable) -> list[dict[str, Any]]:
+    """Per block; backward is twice forward: for the inputs' gradient, and for the weights'."""
+    return [
+        {
+            "name": block.name,
+            "params": block.params,
+            "bytes": block.size_bytes,
+            "activation_bytes_per_sample": block.activation_bytes_per_sample,
+            "flops_forward_per_sample": block.flops_forward_per_sample,
+            "flops_backward_per_sample": 2 * block.flops_forward_per_sample,
+        }
+        for block in costs.blocks
+    ]
+
+
+def block_lines(costs: CostTable, num_examples: int) -> Iterator[str]:
+    """The model and the cost of each block; FLOP and bytes kept are per sample."""
+    spec = costs.spec
+    yield (
+        f"task {costs.task}: {len(spec.blocks)} blocks, {spec.params:,} parameters, "
+        f"{size(spec.size_bytes)}; {num_examples:,} samples here"
+    )
+    rows = [
+        (
+            row["name"],
+            f"{row['params']:,}",
+            size(row["bytes"]),
+            size(row["activation_bytes_per_sample"]),
+            f"{row['flops_forward_per_sample']:,}",
+            f"{row['flops_backward_per_sample']:,}",
+            "",
+        )
+        for row in block_costs(costs)
+    ]
+    yield from table(
+        ("block", "params", "size", "kept/sample", "forward FLOP", "backward FLOP", ""), rows
+    )
+
+
+def plan_lines(profile: DeviceProfile, plan: Plan) -> Iterator[str]:
+    """One board's plan, and what was left out."""
+    yield f"{profile.name} trains {', '.join(plan.blocks)}"
+    yield f"  batch   {plan.batch_size}, {plan.micro_batch} at a time"
+    yield f"  memory  {size(plan.peak_bytes)} at the peak, {size(plan.budget_bytes)} allowed"
+    yield f"  time    {plan.train_s:.1f} s of training, {plan.round_s:.1f} s with the upload"
+    yield f"  upload  {size(plan.upload_bytes)} as {plan.codec}"
+    for left_out in plan.left_out:
+        yield f"not {', '.join(left_out.blocks)}: {left_out.reason}"
+
+
+def board_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """One row per board."""
+    rows = []
+    for profile, plan, reason in outcomes:
+        cells = [size(profile.memory_bytes), "", "", "", "", f"nothing fits: {reason}"]
+        if plan is not None:
+            cells = [
+                size(plan.budget_bytes),
+                size(plan.peak_bytes),
+                f"{plan.micro_batch} of {plan.batch_size}",
+                f"{plan.round_s:.1f} s",
+                size(plan.upload_bytes),
+                f"{len(plan.blocks)} blocks, from {plan.blocks[0]}",
+            ]
+        rows.append([profile.name, *cells])
+    yield from table(("profile", "allowed", "peak", "at a time", "round", "upload", "trains"), rows)
+
+
+def event_words(event: Mapping[str, Any]) -> str:
+    """One line for an event of the agent; what is not known here is shown field by field."""
+    match event:
+        case {"event": "started"}:
+            return (
+                f"device {event['device']} of job {event['job']} at {event['broker']}, "
+                f"profile {event['profile']}, state in {event['state']}"
+            )
+        case {"event": "plan", "round": number, "blocks": blocks}:
+            return f"round {number}: trains {', '.join(blocks)}"
+        case {"event": "receipt", "round": number, "verdict": verdict}:
+            return f"round {number}: update {verdict}"
+        case {"event": "decline", "round": number, "reason": reason}:
+            return f"round {number}: sits out: {reason}"
+        case {"event": "done", "job": job}:
+            return f"job {job} is over"
+    return ", ".join(f"{key} {value}" for key, value in event.items())
+
+
+def state_lines(state: Mapping[str, Any], now_s: float) -> Iterator[str]:
+    """What ``doctor.state_of`` found; ``now_s`` is wall time."""
+    process = state["process"]
+    running = "" if process is None else f", process {process} is running"
+    yield f"device {state['device']} in {state['state']}{running}"
+    blocks = state["blocks"]
+    yield f"  blocks   {blocks['count']} cached, {size(blocks['bytes'])}"
+    yield f"  updates  {len(state['spool'])} without a receipt"
+    for update in state["spool"]:
+        age_min = max(0.0, now_s - update["created_s"]) / 60
+        yield (
+            f"           job {update['job']}, round {update['round']}: "
+            f"{size(update['bytes'])}, {age_min:.0f} min old"
+        )
+    if state["unreadable"]:
+        yield f"           {state['unreadable']} cannot be read"
+    profile = state["profile"]
+    if profile is not None:
+        allowed = size(profile["memory_bytes"])
+        yield f"  profile  {profile['name']} of {profile['date']}, {allowed} for training"
