@@ -32,17 +32,22 @@ from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
 from edge_sdk.pieces import Incoming
 from edge_sdk.plan import Limits, Plan, choose
-from edge_sdk.probe import (
-    available_memory,
-    process_cpu_s,
-    process_peak_bytes,
-    process_rss_bytes,
-)
+from edge_sdk.probe import available_memory
+from edge_sdk.process import process_cpu_s, process_peak_bytes, process_rss_bytes
 from edge_sdk.profile import DeviceProfile, budget
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
 from edge_sdk.store import BlockCache, Spool, SpoolEntry
 from edge_sdk.strategies import strategy_named
-from edge_sdk.trainer import Described, Failed, Setup, Train, Trained, Trainer, TrainerDied, TrainerSaid
+from edge_sdk.trainer import (
+    Described,
+    Failed,
+    Setup,
+    Train,
+    Trained,
+    Trainer,
+    TrainerDied,
+    TrainerSaid,
+)
 from edge_sdk.wire import (
     Decline,
     Head,
@@ -114,7 +119,9 @@ class Agent:
         self._plan: Plan | None = None
         self._entry: SpoolEntry | None = None
         self._incoming: Incoming | None = None
-        self._hello, self._open = Retry(self._rng), Retry(self._rng)
+        # A server that folds other updates answers after a second or two; sooner would be noise.
+        self._hello, self._open = Retry(self._rng, 2.0), Retry(self._rng, 2.0)
+        self._fetch_bytes = 0
         self._last_receipt = -1
         self._boot = ""
         self._why = ""
@@ -133,6 +140,9 @@ class Agent:
         try:
             while not self._finished():
                 self._handle(self._next())
+                # What waits in the queue must not look overdue.
+                while not self._inbox.empty():
+                    self._handle(self._inbox.get())
                 self._repeat()
         finally:
             self._trainer.stop()
@@ -167,7 +177,9 @@ class Agent:
 
     def _next(self) -> Any:
         now_s = time.monotonic()
-        due = [t for t in (self._hello.due_s, self._open.due_s, self._fetch_due_s()) if t is not None]
+        due = [
+            t for t in (self._hello.due_s, self._open.due_s, self._fetch_due_s()) if t is not None
+        ]
         if self._done_at_s is not None:
             due.append(self._done_at_s + LAST_RECEIPT_S)
         try:
@@ -298,6 +310,8 @@ class Agent:
         if offer.round <= self._last_receipt:
             return
         self._offer, self._kills, self._memory_share = offer, 0, 1.0
+        missing = [e.size_bytes for e in offer.blocks if not self._cache.has(e.sha256)]
+        self._fetch_bytes = sum(missing)
         self._step(Event.OFFERED)
 
     def _wanted(self, want: Want) -> None:
@@ -316,7 +330,9 @@ class Agent:
         entry = self._entry
         if entry is None or (receipt.round, receipt.sha256) != (entry.round, entry.sha256):
             return
-        self._settings.report({"event": "receipt", "round": receipt.round, "verdict": receipt.verdict})
+        self._settings.report(
+            {"event": "receipt", "round": receipt.round, "verdict": receipt.verdict}
+        )
         if receipt.verdict != "accepted":
             log.warning("round %d: update %s: %s", receipt.round, receipt.verdict, receipt.reason)
         self._last_receipt = max(self._last_receipt, receipt.round)
@@ -356,9 +372,11 @@ class Agent:
                 self._send_leftovers()
         elif self._described is None and isinstance(answer, Failed):
             raise TaskError(answer.message)
-        elif self._phase is Phase.TRAINING and self._offer is not None:
-            if answer.round == self._offer.round:
-                self._trained(answer)
+        elif self._phase is Phase.TRAINING and answer.round == self._offer_round():
+            self._trained(answer)
+
+    def _offer_round(self) -> int:
+        return self._offer.round if self._offer is not None else -1
 
     def _trained(self, answer: Trained | Failed) -> None:
         if isinstance(answer, Trained):
@@ -442,10 +460,15 @@ class Agent:
             return
         plan = self._plan
         log.info(
-            "round %d: trains %s, peak %d of %d MiB",
+            "round %d: trains %s, peak %d of %d MiB, %.1f s",
             offer.round, ", ".join(plan.blocks), plan.peak_bytes // MIB, plan.budget_bytes // MIB,
+            plan.round_s,
         )  # fmt: skip
-        self._settings.report({"event": "plan", "round": offer.round, "blocks": plan.blocks})
+        for left in plan.left_out:
+            log.info("round %d: not %s: %s", offer.round, ", ".join(left.blocks), left.reason)
+        self._settings.report(
+            {"event": "plan", "round": offer.round, "blocks": plan.blocks, "seconds": plan.round_s}
+        )
         self._presence()
         self._trainer.train(Train(offer=offer, plan=plan))
 
@@ -464,6 +487,7 @@ class Agent:
             uplink_bytes_per_s=profile.uplink_bytes_per_s,
             downlink_bytes_per_s=profile.downlink_bytes_per_s,
             deadline_s=offer.deadline_s,
+            fetch_bytes=self._fetch_bytes,
         )
         return choose(
             described.table,
@@ -503,7 +527,9 @@ class Agent:
         if self._entry is None:
             entries = self._own_entries()
             if not entries:
-                raise ConfigError(f"the spool {self._settings.state_dir / 'spool'} was emptied by hand")
+                raise ConfigError(
+                    f"the spool {self._settings.state_dir / 'spool'} was emptied by hand"
+                )
             self._entry = entries[0]
             self._presence()
         entry = self._entry
@@ -542,7 +568,9 @@ class Agent:
                 down_bytes=down - self._down_mark,
                 cpu_s=max(0.0, cpu_s - self._cpu_mark_s),
                 agent_rss_bytes=process_peak_bytes(os.getpid()),
-                trainer_peak_bytes=process_peak_bytes(self._trainer.pid) if self._trainer.pid else 0,
+                trainer_peak_bytes=process_peak_bytes(self._trainer.pid)
+                if self._trainer.pid
+                else 0,
             )
         )
         self._up_mark, self._down_mark, self._cpu_mark_s = up, down, cpu_s

@@ -18,7 +18,15 @@ from msgspec import Meta
 
 from edge_sdk.errors import TaskError
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+DTYPE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
+}
 FLOAT_DTYPES = frozenset({"float32", "float16", "float64"})
 TRUNK = "trunk"
 MAX_BLOCKS = 512
@@ -85,7 +93,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.blocks) <= MAX_BLOCKS:
-            raise TaskError(f"a model needs 1 to {MAX_BLOCKS} blocks, this one has {len(self.blocks)}")
+            raise TaskError(
+                f"a model needs 1 to {MAX_BLOCKS} blocks, this one has {len(self.blocks)}"
+            )
         _check_names("block", self.names)
         _check_names("tensor", [t.name for block in self.blocks for t in block.tensors])
         names_bytes = sum(len(name) for name in self.names)

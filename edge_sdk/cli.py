@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import msgspec
@@ -49,7 +49,6 @@ PATH = click.Path(path_type=Path)
 MEASURE, ALL = "measure", "all"
 # Costs of the largest model allowed are well below.
 MAX_COST_TABLE_BYTES = 64 * MIB
-SHOWN_CLASSES = 10
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 state_option = click.option(
@@ -61,7 +60,7 @@ class CostFile(CostTable, frozen=True, kw_only=True):
     """A stored cost table, and what of its task a plan depends on besides."""
 
     training: Training = Training()
-    num_examples: int | None = None
+    num_examples: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)] | None = None
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -73,9 +72,6 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-# -- profile ------------------------------------------------------------------------------------
-
-
 @cli.command()
 @click.option("--quick", is_flag=True, help="Within 2 seconds instead of 5.")
 @click.option("--name", help="Label of the profile.  [default: made from the board's name]")
@@ -85,7 +81,7 @@ def cli(context: click.Context) -> None:
 def profile(
     quick: bool, name: str | None, save_path: Path | None, state_dir: Path | None, as_json: bool
 ) -> None:
-    """Measure this machine: what training may use of it, and where each figure comes from."""
+    """Measure this machine. Every figure says where it comes from and how much it varied."""
     from edge_sdk.probe import probe
     from edge_sdk.screen import profile_lines
 
@@ -103,11 +99,7 @@ def profile(
             }
         )
         return
-    for line in profile_lines(result):
-        click.echo(line)
-
-
-# -- plan ---------------------------------------------------------------------------------------
+    click.echo("\n".join(profile_lines(result)))
 
 
 @cli.command()
@@ -129,13 +121,16 @@ def plan(
     batch_size: int | None, num_examples: int | None, save_path: Path | None,
     profile_name: str, as_json: bool, **terms: Any,
 ) -> None:  # fmt: skip
-    """Show which blocks a device would train, what that costs, and why not more; no network."""
-    if (task_path is None) == (table_path is None):
-        raise ConfigError("give either --task FILE or --cost-table FILE")
+    """Show what a device would train. What each block costs, and why not more; no network."""
     _check_part(part, parts)
     _check_terms(**terms)
     profiles = _profiles(profile_name)
-    costs = _read_costs(table_path) if table_path else _measure_costs(task_path, part, parts)
+    if table_path is not None and task_path is None:
+        costs = _read_costs(table_path)
+    elif task_path is not None and table_path is None:
+        costs = _measure_costs(task_path, part, parts)
+    else:
+        raise ConfigError("give either --task FILE or --cost-table FILE")
     if save_path is not None:
         _write(save_path, msgspec.json.format(msgspec.json.encode(costs)) + b"\n")
     training = msgspec.structs.replace(
@@ -172,10 +167,9 @@ def _profiles(name: str) -> list[DeviceProfile]:
     return [_quick_probe(_home()) if name == MEASURE else load_profile(name)]
 
 
-def _measure_costs(task_path: Path | None, part: int, parts: int) -> CostFile:
+def _measure_costs(task_path: Path, part: int, parts: int) -> CostFile:
     from edge_sdk.task import check_task_file, load_task
 
-    assert task_path is not None
     check_task_file(task_path)
     _progress("loading torch")
     with _extra("train"):
@@ -274,15 +268,12 @@ def _show_plans(
     else:
         lines = [*block_lines(costs, costs.num_examples or 0), ""]
         if not single:
-            lines += board_lines(outcomes)
+            lines += board_lines(outcomes, len(costs.blocks))
         elif chosen is not None:
             lines += plan_lines(profile, chosen)
         click.echo("\n".join(lines))
     if single and chosen is None:
         raise NothingFits(f"{profile.name}: {reason}")
-
-
-# -- run ----------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -308,7 +299,7 @@ def _show_plans(
 @click.option("--verbose", is_flag=True, help="Log more.")
 @json_option
 def run(**options: Any) -> None:
-    """Join a job and work until it is over; SIGTERM ends it in good order."""
+    """Join a job and work until it is over. SIGTERM ends it in good order."""
     with _end_on_sigterm():
         _run(**options)
 
@@ -319,6 +310,7 @@ def _run(
     ca_file: str | None, keep_trying: bool, nursery: str | None, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from edge_sdk.link import parse_address
+    from edge_sdk.mqtt import connect_once
     from edge_sdk.store import DirectoryLock, Identity, make_directory
     from edge_sdk.task import check_task_file
 
@@ -329,29 +321,23 @@ def _run(
     if nursery is None and find_spec("torch") is None:
         raise ConfigError(f"torch is not installed: {_pip('train')}")
     address = parse_address(broker)
-    state_dir = make_directory(state_dir or _home() / _job(job))
+    if re.match(DEVICE_ID, job) is None:
+        raise ConfigError(f"--job {job!r}: use 1 to 64 of the characters a-z, 0-9 and '-'")
+    state_dir = make_directory(state_dir or _home() / job)
     lock = DirectoryLock(state_dir)
     try:
-        stem = socket.gethostname()
         identity = Identity.load_or_create(
-            state_dir, stem=stem, rng=random.SystemRandom(), device=device
+            state_dir, stem=socket.gethostname(), rng=random.SystemRandom(), device=device
         )
-        if not keep_trying:
-            _knock(broker, identity.device, ca_file)
+        if not keep_trying:  # fail now, not after minutes of trying
+            connect_once(broker, client_id=identity.device, ca_file=ca_file)
         profile = _own_profile(profile_name, state_dir)
         from edge_sdk.agent import Agent, AgentSettings
 
         report = _reporter(as_json)
-        report(
-            {
-                "event": "started",
-                "device": identity.device,
-                "job": job,
-                "broker": str(address),
-                "profile": profile.name,
-                "state": str(state_dir),
-            }
-        )
+        where = {"broker": str(address), "state": str(state_dir)}
+        who = {"device": identity.device, "job": job, "profile": profile.name}
+        report({"event": "started", **who, **where})
         settings = AgentSettings(
             url=broker, job=job, device=identity.device, task_path=task_path, state_dir=state_dir,
             profile=profile, part=part, parts=parts, nursery=nursery, ca_file=ca_file,
@@ -362,19 +348,6 @@ def _run(
         report({"event": "done", "job": job})
     finally:
         lock.release()
-
-
-def _knock(broker: str, device: str, ca_file: str | None) -> None:
-    """Fail now, not after minutes of trying, when the broker is not there or refuses us."""
-    from edge_sdk.mqtt import connect_once
-
-    connect_once(broker, client_id=device, ca_file=ca_file)
-
-
-def _job(name: str) -> str:
-    if re.match(DEVICE_ID, name) is None:
-        raise ConfigError(f"--job {name!r}: use 1 to 64 of the characters a-z, 0-9 and '-'")
-    return name
 
 
 def _own_profile(name: str, state_dir: Path) -> DeviceProfile:
@@ -406,11 +379,13 @@ def _end_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _Terminated
 
-    signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except _Terminated:
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reporter(as_json: bool) -> Callable[[dict[str, Any]], None]:
@@ -420,9 +395,6 @@ def _reporter(as_json: bool) -> Callable[[dict[str, Any]], None]:
         click.echo(json.dumps(event) if as_json else event_words(event))
 
     return report
-
-
-# -- infer --------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -439,6 +411,7 @@ def infer(
         raise ConfigError(f"model {model_path}: no such file; give an exported .onnx file")
     with _extra("infer"):
         from edge_sdk.infer import OnnxModel
+    from edge_sdk.screen import infer_lines, top_classes
 
     model = OnnxModel(model_path, threads)
     inputs = _inputs(input_path, tuple(model.inputs))
@@ -447,7 +420,6 @@ def infer(
     run_s = time.perf_counter() - started_s
     if output_path is not None:
         _save_arrays(output_path, outputs)
-    classes = [output.argmax(1).tolist() for output in outputs if output.ndim == 2]
     if as_json:
         _print_json(
             {
@@ -455,19 +427,11 @@ def infer(
                 "inputs": {name: list(array.shape) for name, array in inputs.items()},
                 "outputs": [list(output.shape) for output in outputs],
                 "run_s": run_s,
-                "top1": classes[0] if classes else None,
+                "top1": [top_classes(output) for output in outputs],
             }
         )
         return
-    for name, array in inputs.items():
-        click.echo(f"input {name}: {array.dtype} {list(array.shape)}")
-    for place, output in enumerate(outputs):
-        click.echo(f"output {place}: {output.dtype} {list(output.shape)}")
-    click.echo(f"took {run_s * 1e3:.1f} ms on {threads} thread{'s' if threads > 1 else ''}")
-    if classes:
-        rest = len(classes[0]) - SHOWN_CLASSES
-        shown = " ".join(str(label) for label in classes[0][:SHOWN_CLASSES])
-        click.echo(f"top-1 classes: {shown}{f' and {rest} more' if rest > 0 else ''}")
+    click.echo("\n".join(infer_lines(inputs, outputs, run_s)))
 
 
 def _inputs(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
@@ -486,16 +450,18 @@ def _inputs(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any
 def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Arrays of a .npz file by name, the array of a .npy file under ""; never unpickles."""
     import zipfile
+    import zlib
 
     import numpy as np
 
+    damage = (OSError, ValueError, EOFError, MemoryError, RuntimeError)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"": loaded}
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (*damage, zipfile.BadZipFile, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(
             f"{path}: no arrays can be read from it: {reason}; "
@@ -509,11 +475,9 @@ def _save_arrays(path: Path, outputs: list[np.ndarray[Any, Any]]) -> None:
     import numpy as np
 
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"output_{place}": output for place, output in enumerate(outputs)})
+    named: dict[str, Any] = {f"output_{place}": output for place, output in enumerate(outputs)}
+    np.savez(buffer, **named)
     _write(path, buffer.getvalue())
-
-
-# -- doctor -------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -522,7 +486,7 @@ def _save_arrays(path: Path, outputs: list[np.ndarray[Any, Any]]) -> None:
 @state_option
 @json_option
 def doctor(broker: str | None, ca_file: str | None, state_dir: Path | None, as_json: bool) -> int:
-    """Check the installation, this machine, the state directory and the broker."""
+    """Check this machine and the broker. Says for what is wrong how to fix it."""
     from edge_sdk.doctor import examine, exit_code
     from edge_sdk.link import parse_address
 
@@ -546,14 +510,11 @@ def doctor(broker: str | None, ca_file: str | None, state_dir: Path | None, as_j
     return exit_code(findings)
 
 
-# -- status -------------------------------------------------------------------------------------
-
-
 @cli.command()
 @state_option
 @json_option
 def status(state_dir: Path | None, as_json: bool) -> None:
-    """Show what the device on this machine holds; may be used while it runs."""
+    """Show the jobs of this machine. May be used while they run."""
     from edge_sdk.doctor import is_state, state_of
     from edge_sdk.screen import state_lines
 
@@ -569,9 +530,6 @@ def status(state_dir: Path | None, as_json: bool) -> None:
         click.echo(f"no job was run on this machine yet: nothing in {_home()}")
     for state in [] if as_json else states:
         click.echo("\n".join(state_lines(state, time.time())))
-
-
-# -- what the commands share --------------------------------------------------------------------
 
 
 def _home() -> Path:
@@ -623,11 +581,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except EdgeError as error:
         click.echo(f"edge-sdk: {' '.join(str(error).split())}", err=True)
-        return _exit_code(error)
+        return 3 if isinstance(error, LinkError) else 4 if isinstance(error, PeerError) else 2
     return result if isinstance(result, int) else 0
-
-
-def _exit_code(error: EdgeError) -> int:
-    if isinstance(error, LinkError):
-        return 3
-    return 4 if isinstance(error, PeerError) else 2

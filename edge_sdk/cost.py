@@ -21,12 +21,12 @@ from edge_sdk.wire import Training
 Bytes = Annotated[int, Meta(ge=0, le=(1 << 53))]
 
 # Thread stacks, kernels' workspace and library code first touched by a training step: measured as
-# nearly constant whatever the model (8 MiB in the median), so it is added rather than modelled.
-STEP_OVERHEAD_BYTES = 12 << 20
+# nearly constant whatever the model, so it is added rather than modelled.
+STEP_OVERHEAD_BYTES = 32 << 20
 # Temporaries alive at once around the largest operation: its output, its gradient, one copy.
 LIVE_TRANSIENTS = 3
-# Encoding a change holds it in float64, its quotient, the random draw and the rounded integers.
-ENCODE_BYTES_PER_ELEMENT = 40
+# Encoding a change holds the base, its travelling form, the quantised values and the result.
+ENCODE_BYTES_PER_ELEMENT = 14
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 
 

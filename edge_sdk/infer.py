@@ -45,13 +45,15 @@ class OnnxModel:
             raise TaskError(
                 f"the model takes inputs {sorted(self._inputs)}, given were {sorted(inputs)}"
             )
-        fed = {}
-        for name, array in inputs.items():
-            wanted = self._inputs[name]
-            fed[name] = np.asarray(array, dtype=_DTYPES.get(wanted.type, array.dtype))
         try:
+            fed = {
+                name: np.asarray(array, dtype=_DTYPES.get(self._inputs[name].type))
+                for name, array in inputs.items()
+            }
             outputs: list[np.ndarray[Any, Any]] = self._session.run(None, fed)
         except Exception as error:
-            shapes = {name: a.shape for name, a in fed.items()}
-            raise TaskError(f"inputs of shapes {shapes} do not fit {self.inputs}: {error}") from error
+            shapes = {name: np.shape(array) for name, array in inputs.items()}
+            raise TaskError(
+                f"inputs of shapes {shapes} do not fit {self.inputs}: {error}"
+            ) from error
         return outputs

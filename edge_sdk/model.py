@@ -253,9 +253,7 @@ class _Trace(TorchFunctionMode):
         self.flops: dict[str, int] = {}
         self.largest_bytes: dict[str, int] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             held = out.numel() * out.element_size()
@@ -276,7 +274,8 @@ def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> in
 
 
 def _attention_flops(_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    width, positions = query.shape[-1], query.numel() // query.shape[-1]
+    width = int(query.shape[-1])
+    positions = query.numel() // width
     return positions * (8 * width * width + 4 * key.shape[0] * width)
 
 
@@ -303,7 +302,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
     ),
     **dict.fromkeys(("addmm", "baddbmm"), lambda out, c, a, *_: 2 * out.numel() * a.shape[-1]),
     **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d"), lambda out, x, weight, *_: 2 * out.numel() * weight[0].numel()
+        ("conv1d", "conv2d", "conv3d"),
+        lambda out, x, weight, *_: 2 * out.numel() * weight[0].numel(),
     ),
     **dict.fromkeys(
         ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -316,7 +316,9 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 
 
-def cost_table(model: BlockModel, inputs: Callable[[int], Any], targets: Callable[[int], Any]) -> CostTable:
+def cost_table(
+    model: BlockModel, inputs: Callable[[int], Any], targets: Callable[[int], Any]
+) -> CostTable:
     """What each block costs, from two traced passes over small batches of real samples.
 
     ``inputs(n)`` and ``targets(n)`` give the first n samples. Two batch sizes separate what grows
@@ -324,11 +326,14 @@ def cost_table(model: BlockModel, inputs: Callable[[int], Any], targets: Callabl
     """
     model.open_only(model.spec.names)
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
-    small, large = _saved_bytes(model, inputs(2), targets(2)), _saved_bytes(model, inputs(4), targets(4))
+    small, large = (
+        _saved_bytes(model, inputs(2), targets(2)),
+        _saved_bytes(model, inputs(4), targets(4)),
+    )
     trace = _trace(model, inputs(2))
-    with torch.no_grad():
-        for name, buffer in model.module.named_buffers():
-            buffer.copy_(buffers[name])
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.module.get_submodule(owner), leaf, buffer)
     blocks = []
     for block in model.spec.blocks:
         held = large.get(block.name, 0) - small.get(block.name, 0)

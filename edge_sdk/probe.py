@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import statistics
@@ -111,14 +110,6 @@ class Rate:
     per_s: float
     spread: float
     samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """Highest resident memory of a process, and where the figure comes from."""
-
-    bytes: int
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,69 +222,6 @@ def probe(quick: bool, state_dir: Path, *, name: str | None = None) -> ProbeResu
     )
     spreads = {key: rate.spread for key, rate in rates.items()}
     return ProbeResult(profile, time.monotonic() - start_s, spreads, not_measured)
-
-
-def process_rss_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
-    """Resident memory of a process now, this one by default; 0 if it has ended."""
-    resident = _status_bytes(pid, "VmRSS", proc_root)
-    if resident is None:
-        import psutil
-
-        try:
-            return int(psutil.Process(pid).memory_info().rss)
-        except psutil.Error:
-            return 0
-    return resident
-
-
-def process_cpu_s(pid: int | None = None) -> float:
-    """CPU seconds a process has used, user and system; 0 if it has ended."""
-    import psutil
-
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)
-
-
-def process_age_s(pid: int | None = None) -> float:
-    """Seconds since a process was started, by the wall clock; 0 if it has ended."""
-    import psutil
-
-    try:
-        return max(0.0, time.time() - float(psutil.Process(pid).create_time()))
-    except psutil.Error:
-        return 0.0
-
-
-def process_peak_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
-    """Highest resident memory since the start or the last ``reset_peak``; 0 if it has ended."""
-    return process_peak(pid, proc_root=proc_root).bytes
-
-
-def process_peak(pid: int | None = None, *, proc_root: Path = PROC) -> Peak:
-    """As ``process_peak_bytes``, with the source of the figure."""
-    peak = _status_bytes(pid, "VmHWM", proc_root)
-    if peak is not None:
-        return Peak(peak, "VmHWM")
-    if pid is None or pid == os.getpid():
-        # Kilobytes on Linux, bytes on macOS; never falls, so reset_peak has no effect on it.
-        unit_bytes = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-        return Peak(peak, "ru_maxrss (since the start of the process, cannot be reset)")
-    resident = process_rss_bytes(pid, proc_root=proc_root)
-    return Peak(resident, "rss now (a peak in between is not seen)")
-
-
-def reset_peak(pid: int | None = None, *, proc_root: Path = PROC) -> bool:
-    """Make the next ``process_peak_bytes`` start from now; False where the kernel cannot."""
-    try:
-        # 5 is the kernel's code for "reset the peak resident set size".
-        (_process_dir(pid, proc_root) / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def _probe_rates(
@@ -531,18 +459,6 @@ def _stat(directory: Path) -> dict[str, int]:
     """``memory.stat`` of a group."""
     found = re.findall(r"^(\w+) (\d+)$", _read(directory / "memory.stat") or "", re.MULTILINE)
     return {key: int(value) for key, value in found}
-
-
-def _process_dir(pid: int | None, proc_root: Path) -> Path:
-    """Where the kernel shows a process."""
-    return proc_root / ("self" if pid is None else str(pid))
-
-
-def _status_bytes(pid: int | None, key: str, proc_root: Path) -> int | None:
-    """One memory figure of /proc/PID/status."""
-    text = _read(_process_dir(pid, proc_root) / "status") or ""
-    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _cores() -> int:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.cost import CostTable
 from edge_sdk.plan import Plan
 from edge_sdk.probe import ProbeResult
 from edge_sdk.profile import DeviceProfile, profile_toml
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHOWN_CLASSES = 10
 
 # A board, what it would do, and why it cannot do anything when that is None.
 Outcome = tuple[DeviceProfile, Plan | None, str]
@@ -97,8 +102,8 @@ def plan_lines(profile: DeviceProfile, plan: Plan) -> Iterator[str]:
         yield f"not {', '.join(left_out.blocks)}: {left_out.reason}"
 
 
-def board_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """One row per board."""
+def board_lines(outcomes: Sequence[Outcome], blocks: int) -> Iterator[str]:
+    """One row per board, for a model of so many blocks."""
     rows = []
     for profile, plan, reason in outcomes:
         cells = [size(profile.memory_bytes), "", "", "", "", f"nothing fits: {reason}"]
@@ -109,10 +114,14 @@ def board_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
                 f"{plan.micro_batch} of {plan.batch_size}",
                 f"{plan.round_s:.1f} s",
                 size(plan.upload_bytes),
-                f"{len(plan.blocks)} blocks, from {plan.blocks[0]}",
+                f"{len(plan.blocks)} of {blocks}: {_ends(plan.blocks)}",
             ]
         rows.append([profile.name, *cells])
     yield from table(("profile", "allowed", "peak", "at a time", "round", "upload", "trains"), rows)
+
+
+def _ends(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
 
 
 def event_words(event: Mapping[str, Any]) -> str:
@@ -154,3 +163,27 @@ def state_lines(state: Mapping[str, Any], now_s: float) -> Iterator[str]:
     if profile is not None:
         allowed = size(profile["memory_bytes"])
         yield f"  profile  {profile['name']} of {profile['date']}, {allowed} for training"
+
+
+def top_classes(output: np.ndarray[Any, Any]) -> list[int] | None:
+    """The most likely class of each sample, for an output of shape (samples, classes)."""
+    classes: list[int] | None = output.argmax(1).tolist() if output.ndim == 2 else None
+    return classes
+
+
+def infer_lines(
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    outputs: Sequence[np.ndarray[Any, Any]],
+    run_s: float,
+) -> Iterator[str]:
+    """Shapes, time, and the classes of the first samples."""
+    for name, array in inputs.items():
+        yield f"input {name}: {array.dtype} {list(array.shape)}"
+    for place, output in enumerate(outputs):
+        yield f"output {place}: {output.dtype} {list(output.shape)}"
+        classes = top_classes(output) or []
+        rest = len(classes) - SHOWN_CLASSES
+        if classes:
+            shown = " ".join(str(label) for label in classes[:SHOWN_CLASSES])
+            yield f"  top-1 classes: {shown}{f' and {rest} more' if rest > 0 else ''}"
+    yield f"took {run_s * 1e3:.1f} ms"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.errors import TaskError
+from edge_sdk.errors import EdgeError, TaskError
 from edge_sdk.wire import DEVICE_ID, Training
 
 
@@ -53,7 +53,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or re.match(DEVICE_ID, self.name) is None:
-            raise TaskError(f"Task(name={self.name!r}): use 1 to 64 of the characters a-z, 0-9, '-'")
+            raise TaskError(
+                f"Task(name={self.name!r}): use 1 to 64 of the characters a-z, 0-9, '-'"
+            )
         for attribute in ("build_model", "loss", "train_data"):
             if not callable(getattr(self, attribute)):
                 raise TaskError(f"Task({attribute}=...) of {self.name!r} is not callable")
@@ -76,13 +78,14 @@ def load_task(path: Path) -> Task:
         raise TaskError(f"task file {path}: defines no function task(); add `def task() -> Task:`")
     try:
         task = make()
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task file {path}: task() failed {_place(error, path)}") from error
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"task file {path}: task() failed{_place(error, path)}") from error
     if not isinstance(task, Task):
+        code = getattr(make, "__code__", None)
+        where = f" at line {code.co_firstlineno}" if code is not None else ""
         raise TaskError(
-            f"task file {path}: task() returned {type(task).__name__}, expected edge_sdk.Task"
+            f"task file {path}: task(){where} returned {type(task).__name__}, "
+            "expected edge_sdk.Task"
         )
     return task
 
@@ -98,13 +101,17 @@ def _import(path: Path) -> Any:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TaskError(f"task file {path}: does not import {_place(error, path)}") from error
+        raise TaskError(f"task file {path}: does not import{_place(error, path)}") from error
     return module
 
 
 def _place(error: BaseException, path: Path) -> str:
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    """The last line of the task file that took part, and what went wrong."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    where = f"at line {lines[-1]}" if lines else ""
-    return f"{where}: {type(error).__name__}: {error}"
+        frames.append((str(error.filename), error.lineno))
+    # Python runs a file by its absolute path, however it was named here.
+    lines = [line for file, line in frames if Path(file).resolve() == path.resolve()]
+    where = f" at line {lines[-1]}" if lines else ""
+    what = "" if isinstance(error, EdgeError) else f"{type(error).__name__}: "
+    return f"{where}: {what}{error}"

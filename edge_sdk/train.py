@@ -31,10 +31,17 @@ class Samples:
     def __init__(self, data: tuple[Any, Any], where: str) -> None:
         if not isinstance(data, tuple) or len(data) != 2:
             raise TaskError(f"{where} must return (inputs, targets), got {type(data).__name__}")
-        self.inputs, self.targets = _tensors(data[0]), _tensors(data[1])
-        sizes = {len(t) for t in [*_leaves(self.inputs), *_leaves(self.targets)]}
+        try:
+            self.inputs, self.targets = _tensors(data[0]), _tensors(data[1])
+            sizes = {len(t) for t in [*_leaves(self.inputs), *_leaves(self.targets)]}
+        except (TypeError, ValueError) as error:
+            raise TaskError(
+                f"{where}: no arrays with samples along the first axis: {error}"
+            ) from None
         if len(sizes) != 1:
-            raise TaskError(f"{where}: inputs and targets have different numbers of samples: {sizes}")
+            raise TaskError(
+                f"{where}: inputs and targets have different numbers of samples: {sizes}"
+            )
         self.count = sizes.pop()
         if self.count == 0:
             raise TaskError(f"{where}: there are no samples")
@@ -129,7 +136,7 @@ def train(
     for _ in range(training.local_epochs):
         total = 0.0
         order = torch.randperm(samples.count, generator=generator)
-        for batch in order.split(training.batch_size):
+        for batch in torch.split(order, training.batch_size):
             pause()
             total += _step(model, samples, batch, micro_batch, optimizer, steps)
             steps += 1
@@ -146,7 +153,7 @@ def _step(
 ) -> float:
     """One optimiser step, its gradient accumulated over micro-batches; the summed loss."""
     total = 0.0
-    for part in batch.split(micro_batch):
+    for part in torch.split(batch, micro_batch):
         inputs, targets = samples.take(part)
         loss = model.task.loss(model.run(inputs), targets)
         value = float(loss.detach())
@@ -166,7 +173,7 @@ def evaluate(model: BlockModel, samples: Samples, batch_size: int = 256) -> tupl
     """Mean loss and, for class labels, accuracy (NaN for other targets) on held-out samples."""
     model.module.eval()
     loss, right, labels = 0.0, 0, 0
-    for index in torch.arange(samples.count).split(batch_size):
+    for index in torch.split(torch.arange(samples.count), batch_size):
         inputs, targets = samples.take(index)
         output = model.run(inputs)
         loss += float(model.task.loss(output, targets)) * len(index)

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 # glibc keeps freed memory in arenas unless told otherwise: up to a fifth of the peak that no cost
 # model can predict. With one mebibyte thresholds large tensors go back to the system at once.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -65,7 +69,7 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Trainer: what the task costs here; ``floor_bytes`` is my memory before the model exists."""
+    """Trainer: what the task costs here, ``floor_bytes`` is my memory without the model."""
 
     pid: int
     table: CostTable
@@ -111,7 +115,9 @@ class TrainerDied:
 class Trainer:
     """The agent's handle on its training process."""
 
-    def __init__(self, setup: Setup, inbox: queue.SimpleQueue[Any], nursery: str | None = None) -> None:
+    def __init__(
+        self, setup: Setup, inbox: queue.SimpleQueue[Any], nursery: str | None = None
+    ) -> None:
         """``nursery`` is the socket of a process that forks trainers, see ``fleet_sim``."""
         self._setup, self._inbox, self._nursery = setup, inbox, nursery
         self._connection: Connection | None = None
@@ -147,7 +153,8 @@ class Trainer:
         if self._connection is not None:
             with suppress(OSError):
                 # Wakes the reader thread, which owns the descriptor from here on.
-                socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
+                with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+                    end.shutdown(socket.SHUT_RDWR)
             self._connection = None
         self.pid = None
 
@@ -213,7 +220,23 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             number = order.offer.round if isinstance(order, Train) else 0
             answer = Failed(round=number, kind=_kind(error), message=_words(error))
-        connection.send_bytes(msgspec.msgpack.encode(answer))
+        with suppress(OSError):  # the agent is gone, which the next receive says
+            connection.send_bytes(msgspec.msgpack.encode(answer))
+
+
+def _floor_bytes() -> int:
+    """What this process holds before it trains: torch, the task's imports and data, the model."""
+    import ctypes
+
+    import edge_sdk.strategies  # noqa: F401  (belongs to the floor: it loads the codec)
+    from edge_sdk.process import process_rss_bytes, shed_library_pages
+    from edge_sdk.train import warm_up
+
+    with suppress(AttributeError):  # glibc only: give freed memory back before measuring
+        ctypes.CDLL(None).malloc_trim(0)
+    shed_library_pages()
+    warm_up()
+    return process_rss_bytes()
 
 
 def _kind(error: Exception) -> str:
@@ -244,25 +267,24 @@ class _Worker:
         import torch
 
         from edge_sdk.model import BlockModel
-        from edge_sdk.probe import process_rss_bytes
         from edge_sdk.task import load_task
-        from edge_sdk.train import Samples, costs, warm_up
+        from edge_sdk.train import Samples, costs
 
         torch.set_num_threads(setup.threads)
-        warm_up()
-        floor_bytes = process_rss_bytes(os.getpid())
         task = load_task(Path(setup.task_path))
         torch.manual_seed(0)
-        self.model: BlockModel = BlockModel(task)
         data = task.train_data(setup.part, setup.parts)
         self.samples: Samples = Samples(data, f"task {task.name!r}: train_data()")
+        del data
+        self.model: BlockModel = BlockModel(task)
         self.setup, self._connection = setup, connection
         self.cache, self.spool = BlockCache(Path(setup.cache_dir)), Spool(Path(setup.spool_dir))
         self.loaded: dict[str, str] = {}
+        table = costs(self.model, self.samples)
         self.described = Described(
             pid=os.getpid(),
-            table=costs(self.model, self.samples),
-            floor_bytes=floor_bytes,
+            table=table,
+            floor_bytes=_floor_bytes() - self.model.spec.size_bytes,
             num_examples=self.samples.count,
         )
 
@@ -275,13 +297,15 @@ class _Worker:
         """Carry a plan out and put the update into the spool."""
         import numpy as np
 
-        from edge_sdk.probe import reset_peak
+        from edge_sdk.process import reset_peak
         from edge_sdk.strategies import strategy_named
 
         reset_peak()
         local = _Local(self, order)
         offer = order.offer
-        rng = np.random.default_rng(seed_of(offer.training.seed, offer.round, self.setup.part, "codec"))
+        rng = np.random.default_rng(
+            seed_of(offer.training.seed, offer.round, self.setup.part, "codec")
+        )
         halves = strategy_named(offer.strategy)
         device = halves.device_round(offer, self.model.spec, order.plan, local, rng)
         body = next(device)
@@ -323,7 +347,7 @@ class _Local:
 
     def metrics(self) -> UpdateMetrics:
         """Measured up to now; the peak is the process's since the round began."""
-        from edge_sdk.probe import process_peak_bytes
+        from edge_sdk.process import process_peak_bytes
 
         plan = self._order.plan
         return UpdateMetrics(
@@ -348,7 +372,9 @@ class _Local:
         try:
             arrays = decode_block(spec, self._worker.cache.read(entry.sha256))
             if block_hash(spec, arrays) != entry.sha256:
-                raise DamagedBlock(f"block {block!r}: content does not have its hash {entry.sha256}")
+                raise DamagedBlock(
+                    f"block {block!r}: content does not have its hash {entry.sha256}"
+                )
         except EdgeError as error:
             self._worker.cache.drop(entry.sha256)
             raise DamagedBlock(f"cached block {block!r}: {error}; it is fetched again") from error

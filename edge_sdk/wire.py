@@ -206,17 +206,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 Message = (
-    Hello
-    | Welcome
-    | Offer
-    | Decline
-    | Want
-    | Open
-    | Receipt
-    | Tally
-    | Refusal
-    | Head
-    | Presence
+    Hello | Welcome | Offer | Decline | Want | Open | Receipt | Tally | Refusal | Head | Presence
 )
 MESSAGES: tuple[type[Any], ...] = (
     Hello,
@@ -316,7 +306,9 @@ def decode(payload: bytes) -> Message | Piece:
         raise MalformedMessage(f"message of {len(payload)} bytes, the head alone is {_HEAD.size}")
     magic, major, _minor, kind = _HEAD.unpack_from(payload)
     if magic != MAGIC:
-        raise MalformedMessage(f"message starts with {magic!r}, expected {MAGIC!r}: not this protocol")
+        raise MalformedMessage(
+            f"message starts with {magic!r}, expected {MAGIC!r}: not this protocol"
+        )
     if major != WIRE_MAJOR:
         raise MalformedMessage(
             f"wire version {major}, this side speaks {WIRE_MAJOR}: upgrade the older side"
@@ -326,7 +318,9 @@ def decode(payload: bytes) -> Message | Piece:
     if kind not in _BY_TYPE:
         raise MalformedMessage(f"message type {kind} is unknown; known are {sorted(_BY_TYPE)}")
     if len(payload) > MAX_CONTROL_BYTES:
-        raise MalformedMessage(f"control message of {len(payload)} bytes, limit {MAX_CONTROL_BYTES}")
+        raise MalformedMessage(
+            f"control message of {len(payload)} bytes, limit {MAX_CONTROL_BYTES}"
+        )
     cls = _BY_TYPE[kind]
     message: Message = _convert(payload[_HEAD.size :], cls, cls.__name__)
     return message

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 DEFAULT_PORT = 1883
+DEFAULT_ROUND_S = 60.0
 
 
 @click.group()
@@ -52,11 +53,14 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
             help="auto, mosquitto, embedded, or mqtt(s)://host:port of your own.",
         ),
         click.option(
-            "--deadline-s",
+            "--round-s",
             type=click.FloatRange(1.0, 1e6),
-            default=30.0,
-            show_default=True,
-            help="A round's time; devices plan to stay within it.",
+            help="Time a device may plan for a round, in its own seconds.  [demo: 8, else 60]",
+        ),
+        click.option(
+            "--deadline-s",
+            type=click.FloatRange(1.0, 1e7),
+            help="Time the server waits.  [three times --round-s, at least 30]",
         ),
         click.option("--json", "json_path", type=PATH, help="Write the report here."),
         click.option("--state", "state_dir", type=PATH, help="Where everything is kept."),
@@ -70,8 +74,9 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--devices", help="Profiles, comma separated; see edge-sdk plan --profile all.")
 def demo(devices: str | None, **options: Any) -> None:
     """Train a vision transformer on handwritten digits with four unequal devices, all here."""
-    from reference_server.demo import DEMO_DEVICES, shipped_task
+    from reference_server.demo import DEMO_DEVICES, DEMO_ROUND_S, shipped_task
 
+    options["round_s"] = options["round_s"] or DEMO_ROUND_S
     _simulate(shipped_task(), devices.split(",") if devices else list(DEMO_DEVICES), options)
 
 
@@ -94,6 +99,7 @@ def _simulate(task_path: Path, devices: list[str], options: dict[str, Any]) -> N
     profiles = tuple(name.strip() for name in devices if name.strip())
     if not profiles:
         raise ConfigError("--devices names no profile; give at least one, comma separated")
+    _settle_times(options)
     _check_terms(options)
     settings = demos.DemoSettings(
         task_path=task_path, state_dir=state_dir, job="demo", profiles=profiles, **options
@@ -124,7 +130,7 @@ def run(**options: Any) -> None:
 
 def _run(
     *, task_path: Path, job: str | None, min_devices: int, quorum: int, port: int, bind: str,
-    events: bool, json_path: Path | None, state_dir: Path | None, broker: str, deadline_s: float,
+    events: bool, json_path: Path | None, state_dir: Path | None, broker: str,
     **terms: Any,
 ) -> None:  # fmt: skip
     from edge_sdk.task import check_task_file
@@ -133,7 +139,9 @@ def _run(
     from reference_server.screen import Screen, summary
 
     check_task_file(task_path)
+    _settle_times(terms)
     _check_terms(terms)
+    deadline_s = terms.pop("deadline_s")
     name = job or _job_name(task_path)
     home = state_dir or Path("edge-server") / name
     server_broker = brokers.choose(broker, home / "broker", port, bind)
@@ -170,7 +178,7 @@ def status(state_dir: Path, as_json: bool) -> None:
     from reference_server.screen import human_bytes
 
     with _ledger(state_dir) as ledger:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "round": s.round,
                 "phase": s.phase.name,
@@ -257,6 +265,11 @@ def _ledger(state_dir: Path) -> Ledger:
     if not state_dir.is_dir() or not any(state_dir.glob("ledger.*")):
         raise ConfigError(f"{state_dir} holds no ledger; give the server's --state directory")
     return Ledger.open(state_dir, exclusive=False)
+
+
+def _settle_times(terms: dict[str, Any]) -> None:
+    terms["round_s"] = terms["round_s"] or DEFAULT_ROUND_S
+    terms["deadline_s"] = terms["deadline_s"] or max(30.0, 3 * terms["round_s"])
 
 
 def _check_terms(terms: dict[str, Any]) -> None:

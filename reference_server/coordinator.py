@@ -20,11 +20,10 @@ from typing import Any
 import msgspec
 
 from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
-from edge_sdk.merge import BlockSum
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
-from edge_sdk.probe import process_cpu_s, process_peak_bytes
+from edge_sdk.process import process_cpu_s, process_peak_bytes
 from edge_sdk.strategies import strategy_named
 from edge_sdk.wire import (
     DEFAULT_PIECE_BYTES,
@@ -39,7 +38,6 @@ from edge_sdk.wire import (
     Refusal,
     Tally,
     Topics,
-    Training,
     Want,
     Welcome,
     decode,
@@ -51,6 +49,7 @@ from reference_server.evaluate import Evaluator
 from reference_server.export import export_onnx, export_safetensors
 from reference_server.ingest import Ingest, RoundTerms
 from reference_server.ledger import Ledger, RoundRow
+from reference_server.merging import merge_round
 from reference_server.report import ROW_KEYS, RunReport
 from reference_server.rounds import (
     Action,
@@ -85,6 +84,7 @@ class ServerSettings:
     rounds: int = 10
     seed: int = 0
     min_devices: int = 1
+    round_s: float = 60.0
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     threads: int = 1
     export: bool = True
@@ -113,9 +113,7 @@ class Coordinator:
         spec = self._evaluator.spec
         self._tickets = tickets
         self._fleet = fleets.Fleet(spec.digest())
-        self._ingest = Ingest(
-            settings.job, spec, self._strategy, self._ledger, tickets, self._rng
-        )
+        self._ingest = Ingest(settings.job, spec, self._strategy, self._ledger, tickets, self._rng)
         self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
         self._row: RoundRow | None = None
         self._opened_at_s = self._last_answer_s = 0.0
@@ -124,7 +122,11 @@ class Coordinator:
         self._manifest = self._first_version()
         self._report = RunReport(
             settings.state_dir / "report.json",
-            {"strategy": settings.strategy, "task": self._evaluator.task.name, "seed": settings.seed},
+            {
+                "strategy": settings.strategy,
+                "task": self._evaluator.task.name,
+                "seed": settings.seed,
+            },
             spec,
         )
 
@@ -137,6 +139,7 @@ class Coordinator:
             self._resume()
             while not self._finished():
                 self._handle(self._next())
+                self._hear_out()
                 self._look_at_round()
                 self._repeat()
             return self._finish()
@@ -190,7 +193,13 @@ class Coordinator:
         measured = self._evaluator.measure(self._versions, manifest)
         accuracy = None if measured is None else measured[1]
         self._say(
-            {"event": "base", "samples": samples, "steps": steps, "loss": loss, "accuracy": accuracy}
+            {
+                "event": "base",
+                "samples": samples,
+                "steps": steps,
+                "loss": loss,
+                "accuracy": accuracy,
+            }
         )
         return manifest
 
@@ -340,10 +349,10 @@ class Coordinator:
             )
 
     def _declined(self, device: str, message: Decline, now_s: float) -> None:
-        if self._row is not None and message.round == self._row.round:
-            if self._ledger.record_decline(
-                self._settings.job, message.round, device, message.reason
-            ):
+        if self._row is None or message.round != self._row.round:
+            return
+        job = self._settings.job
+        if self._ledger.record_decline(job, message.round, device, message.reason):
                 self._last_answer_s = now_s
                 self._say({"event": "decline", "device": device, "reason": message.reason})
 
@@ -405,9 +414,7 @@ class Coordinator:
             self._row = self._ledger.plan_round(
                 job, base_version=manifest.version, base_sha=manifest.model_sha256
             )
-        self._row = self._ledger.open_round(
-            job, self._row.round, self._settings.policy.deadline_s
-        )
+        self._row = self._ledger.open_round(job, self._row.round, self._settings.policy.deadline_s)
         self._opened_at_s = self._last_answer_s = now_s
         self._set_terms(self._row)
         self._say({"event": "round", "round": self._row.round, "devices": ready})
@@ -432,16 +439,14 @@ class Coordinator:
                 device,
                 Offer(
                     round=row.round,
-                    ticket=self._tickets.issue(
-                        self._settings.job, row.round, device, row.base_sha
-                    ),
+                    ticket=self._tickets.issue(self._settings.job, row.round, device, row.base_sha),
                     version=self._manifest.version,
                     base_sha=row.base_sha,
                     blocks=self._manifest.blocks,
                     strategy=self._settings.strategy,
                     open_blocks=terms.open_blocks,
                     codec=terms.codec,
-                    deadline_s=self._settings.policy.deadline_s,
+                    deadline_s=self._settings.round_s,
                     training=self._training,
                     piece_bytes=terms.piece_bytes,
                 ),
@@ -463,8 +468,10 @@ class Coordinator:
         self._ingest.terms = None
         self._ingest.forget()
         job, base = self._settings.job, self._manifest
-        coverage = self._write_blocks(row)
-        manifest = self._versions.load_manifest(base.version + 1)
+        half = self._strategy.server_round
+        manifest, coverage = merge_round(
+            row, base, half, self._evaluator.spec, self._ledger, self._versions
+        )
         self._ledger.publish(
             job, row.round, version=manifest.version, sha=manifest.model_sha256, parent=row.base_sha
         )
@@ -477,31 +484,9 @@ class Coordinator:
         self._ledger.archive(job)
 
     def _hear_out(self) -> None:
-        """Handle what arrived while the sums were merged: the tallies of the closed round."""
+        """Handle all that has arrived: what waits in the queue must not look overdue."""
         while not self._inbox.empty():
             self._handle(self._inbox.get())
-
-    def _write_blocks(self, row: RoundRow) -> dict[str, dict[str, int]]:
-        """Merge block by block and write the next version's files; coverage by block."""
-        spec, base = self._evaluator.spec, self._manifest
-        sums = _RoundSums(spec, self._ledger, self._settings.job, row.round)
-        half = self._strategy.server_round(spec, spec.names, self._settings.codec, sums)
-        entries = {entry.name: entry for entry in base.blocks}
-        for name, arrays in half.close(
-            lambda block: self._versions.load_block(spec.block(block), base.block(block).sha256)
-        ):
-            entries[name] = self._versions.put_block(spec.block(name), arrays)
-        self._versions.write_manifest(
-            Manifest(
-                job=self._settings.job,
-                version=base.version + 1,
-                round=row.round,
-                parent_sha=row.base_sha,
-                created_s=time.time(),
-                blocks=tuple(entries[name] for name in spec.names),
-            )
-        )
-        return sums.coverage()
 
     def _conclude(self, number: int, coverage: Mapping[str, Any], wall_s: float) -> None:
         """Measure the new version and enter the round into the report."""
@@ -558,39 +543,12 @@ class Coordinator:
     def _export(self) -> dict[str, str]:
         directory = self._settings.state_dir
         arguments = (self._evaluator, self._versions, self._manifest)
-        files = {"safetensors": str(export_safetensors(*arguments, directory / "model.safetensors"))}
+        files = {
+            "safetensors": str(export_safetensors(*arguments, directory / "model.safetensors"))
+        }
         if self._evaluator.task.test_data is not None:
             files["onnx"] = str(export_onnx(*arguments, directory / "model.onnx"))
         return files
-
-
-class _RoundSums:
-    """The partial sums of a closed round, all worker slots together."""
-
-    def __init__(self, spec: Any, ledger: Ledger, job: str, number: int) -> None:
-        self._spec = spec
-        self._slots: dict[str, int] = {}
-        self._coverage: dict[str, dict[str, int]] = {
-            name: {"devices": 0, "samples": 0} for name in spec.names
-        }
-        self._ledger, self._job, self._number = ledger, job, number
-
-    def load(self, block: str) -> BlockSum:
-        """The sum of one block over all slots."""
-        spec = self._spec.block(block)
-        total = BlockSum.zero(spec)
-        for partial in self._ledger.partials(self._job, self._number, block):
-            total.merge(BlockSum.from_bytes(spec, partial.num))
-        self._coverage[block] = {"devices": total.devices, "samples": total.samples}
-        return total
-
-    def save(self, block: str, total: BlockSum) -> None:
-        """A closed round counts nothing."""
-        raise Refused(f"round {self._number} is closed; block {block!r} cannot be added to")
-
-    def coverage(self) -> dict[str, dict[str, int]]:
-        """Devices and samples by block, of the blocks loaded so far."""
-        return self._coverage
 
 
 _HANDLERS: dict[type, Callable[[Coordinator, str, Any, float], None]] = {

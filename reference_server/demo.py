@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import msgspec
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.probe import process_age_s
+from edge_sdk.process import process_age_s
 from edge_sdk.profile import load_profile
 from edge_sdk.store import make_directory
 from reference_server import broker as brokers
@@ -30,11 +29,13 @@ from reference_server.screen import Screen, summary
 
 LOOK_S = 0.1
 MAX_SERVER_RESTARTS = 20
+# Chosen so that these boards' own rates and memory lead to different depths.
+DEMO_ROUND_S = 8.0
 DEMO_DEVICES = (
-    "raspberry-pi-zero-2w",
     "raspberry-pi-3b-plus",
     "raspberry-pi-4b-2gb",
     "raspberry-pi-5-8gb",
+    "raspberry-pi-zero-2w",
 )
 
 
@@ -49,7 +50,8 @@ class DemoSettings:
     strategy: str = "last_blocks"
     codec: str = "int8"
     rounds: int = 8
-    deadline_s: float = 30.0
+    round_s: float
+    deadline_s: float
     seed: int = 0
     broker: str = "auto"
     json_path: Path | None = None
@@ -147,7 +149,8 @@ class _Demo:
             *("--task", str(mine.task_path), "--broker", self._broker.url, "--job", mine.job),
             *("--state", str(mine.state_dir / "server"), "--strategy", mine.strategy),
             *("--codec", mine.codec, "--rounds", str(mine.rounds), "--seed", str(mine.seed)),
-            *("--devices", str(len(mine.profiles)), "--deadline-s", str(mine.deadline_s)),
+            *("--devices", str(len(mine.profiles)), "--round-s", str(mine.round_s)),
+            *("--deadline-s", str(mine.deadline_s)),
         ]
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         threading.Thread(target=_read, args=(server, self._events), daemon=True).start()

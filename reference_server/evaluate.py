@@ -74,13 +74,13 @@ class Evaluator:
                 self.model.write(entry.name, versions.load_block(block, entry.sha256))
                 self._loaded[entry.name] = entry.sha256
 
-    def example(self) -> object:
-        """Inputs of two held-out samples, for tracing; TaskError when the task has no test data."""
+    def example(self, count: int) -> object:
+        """Inputs of ``count`` held-out samples; TaskError when the task has no test data."""
         if self._test is None:
             raise TaskError(
                 f"task {self.task.name!r} has no test_data: ONNX export needs example inputs"
             )
-        return self._test.first(2)[0]
+        return self._test.first(count)[0]
 
     def _samples(self, what: str) -> Samples | None:
         give = getattr(self.task, what)

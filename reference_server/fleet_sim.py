@@ -24,6 +24,7 @@ from edge_sdk.trainer import MALLOC, serve
 
 # A device that dies at once is started again, but not in a spin.
 RESTART_WAIT_S = 0.5
+MAX_RESTART_WAIT_S = 10.0
 MAX_RESTARTS = 20
 
 
@@ -92,7 +93,8 @@ class SimulatedDevice:
         code = process.poll()
         if code is None or code == 0:
             return None
-        self.process, self.next_start_s = None, now_s + RESTART_WAIT_S
+        wait_s = min(MAX_RESTART_WAIT_S, RESTART_WAIT_S * 2 ** (self.starts - 1))
+        self.process, self.next_start_s = None, now_s + wait_s
         if code == 2 or self.starts > MAX_RESTARTS:
             self.starts = MAX_RESTARTS + 1
             return f"{self.device} gave up (exit code {code}): {self._last_words()}"
@@ -131,7 +133,9 @@ class SimulatedFleet:
             home = self.directory / device
             home.mkdir(parents=True, exist_ok=True)
             self.devices.append(
-                SimulatedDevice(device, self._command(device, profile, part, home), home / "log.txt")
+                SimulatedDevice(
+                    device, self._command(device, profile, part, home), home / "log.txt"
+                )
             )
         for simulated in self.devices:
             simulated.start()

@@ -82,8 +82,6 @@ class Ingest:
                 message.sha256, message.size_bytes, self.terms.piece_bytes, WINDOW_PIECES, self._rng
             )
             self._incoming[device] = (message, incoming)
-        else:
-            known[1].forget_asked()
         return self.ask(device, now_s)
 
     def piece(self, device: str, piece: Piece, now_s: float) -> Receipt | Want | None:

@@ -83,22 +83,28 @@ class RunReport:
     ) -> dict[str, Any]:
         """A round was published; ``devices`` are its rows without tallies. Returns its entry."""
         loss, accuracy = measured if measured is not None else (math.nan, math.nan)
+        rows = [dict(row) for row in devices]
+        for row in rows:
+            _add_tally(row, self._tallies.get(f"{round_number}/{row['id']}"))
         entry = {
             "round": round_number,
             "accuracy": None if math.isnan(accuracy) else accuracy,
             "loss": None if math.isnan(loss) else loss,
             "wall_s": wall_s,
             "coverage": coverage,
-            "devices": [dict(row) for row in devices],
+            "devices": rows,
         }
-        for row in entry["devices"]:
-            _add_tally(row, self._tallies.get(f"{round_number}/{row['id']}"))
         kept = [r for r in self._data["rounds"] if r["round"] != round_number]
-        self._data["rounds"] = sorted([*kept, entry], key=lambda r: r["round"])
+        self._data["rounds"] = sorted([*kept, entry], key=lambda r: int(r["round"]))
         return entry
 
     def finish(
-        self, *, model_sha256: str, files: Mapping[str, str], totals: Mapping[str, Any], wall_s: float
+        self,
+        *,
+        model_sha256: str,
+        files: Mapping[str, str],
+        totals: Mapping[str, Any],
+        wall_s: float,
     ) -> dict[str, Any]:
         """Complete the document and return it."""
         rows = [row for entry in self._data["rounds"] for row in entry["devices"]]
@@ -136,7 +142,9 @@ class RunReport:
             self._tallies = dict(kept["tallies"])
             self._made = {(int(number), str(device)) for number, device in kept["made"]}
         except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{path}: cannot be read as a run's report: {error}; delete it") from None
+            raise StateError(
+                f"{path}: cannot be read as a run's report: {error}; delete it"
+            ) from None
 
 
 def _add_tally(row: dict[str, Any], tally: Mapping[str, Any] | None) -> None:

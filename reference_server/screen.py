@@ -95,6 +95,8 @@ class Screen:
         result += "" if loss is None else f"  loss {loss:.3f}"
         self.line(f"round {event['round']} of {self._rounds}{result}  {event['wall_s']:.1f} s")
         for row in event["devices"]:
+            if row["measured_peak_bytes"] is None:
+                continue  # judged before it was decoded, and said so when it was
             cells = _row_cells(row)
             self._cells(row["id"]).update(cells)
             self.line(
@@ -104,7 +106,9 @@ class Screen:
         self._progress.update(self._bar, completed=event["version"])
 
     def _said(self, event: Event) -> None:
-        self.line(f"round {event['round']} {event['event']}: {event.get('reason', '')}".rstrip(": "))
+        self.line(
+            f"round {event['round']} {event['event']}: {event.get('reason', '')}".rstrip(": ")
+        )
 
 
 def _row_cells(row: Mapping[str, Any]) -> dict[str, str]:

@@ -47,6 +47,12 @@ def test_readme_names_every_command(program: str) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_readme_names_no_other_command(program: str) -> None:
+    named = set(re.findall(rf"`{program} ([a-z]+)", README))
+    assert named - set(commands(program)) == set()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_command_has_help(program: str) -> None:
     assert [name for name, command in commands(program).items() if not command.help] == []
 

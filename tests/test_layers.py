@@ -37,16 +37,10 @@ ROOMS = {
     "edge_sdk/plan.py": Room(3),
     "edge_sdk/session.py": Room(4),
     "edge_sdk/strategies/last_blocks.py": Room(4),
-    "edge_sdk/strategies/layerwise.py": Room(4),
-    "edge_sdk/strategies/split_learning.py": Room(4),
-    "edge_sdk/strategies/split_mix.py": Room(4),
     "edge_sdk/strategies/__init__.py": Room(
         4,
         beside=(
             "edge_sdk/strategies/last_blocks.py",
-            "edge_sdk/strategies/layerwise.py",
-            "edge_sdk/strategies/split_learning.py",
-            "edge_sdk/strategies/split_mix.py",
         ),
     ),
     "edge_sdk/infer.py": Room(5),
@@ -54,18 +48,20 @@ ROOMS = {
     "edge_sdk/model.py": Room(5, beside=("edge_sdk/task.py",)),
     "edge_sdk/mqtt.py": Room(5, beside=("edge_sdk/link.py",)),
     "edge_sdk/probe.py": Room(5),
+    "edge_sdk/process.py": Room(5),
     "edge_sdk/store.py": Room(5),
     "edge_sdk/task.py": Room(5),
     "edge_sdk/train.py": Room(5, beside=("edge_sdk/model.py", "edge_sdk/task.py")),
     "edge_sdk/trainer.py": Room(6),
     "edge_sdk/agent.py": Room(6, beside=("edge_sdk/trainer.py",)),
+    "edge_sdk/doctor.py": Room(6),
+    "edge_sdk/screen.py": Room(6),
     "edge_sdk/cli.py": Room(7),
     "edge_sdk/__init__.py": Room(8),
     "edge_sdk/__main__.py": Room(8),
     "reference_server/broker.py": Room(10),
     "reference_server/database.py": Room(10),
     "reference_server/fleet.py": Room(10),
-    "reference_server/metrics.py": Room(10),
     "reference_server/report.py": Room(10),
     "reference_server/rounds.py": Room(10),
     "reference_server/screen.py": Room(10),
@@ -76,8 +72,8 @@ ROOMS = {
     "reference_server/export.py": Room(12),
     "reference_server/reports.py": Room(12),
     "reference_server/ledger.py": Room(13),
-    "reference_server/dashboard.py": Room(14),
     "reference_server/ingest.py": Room(14),
+    "reference_server/merging.py": Room(14),
     "reference_server/coordinator.py": Room(15),
     # It is many devices, so it starts what a device starts.
     "reference_server/fleet_sim.py": Room(16, beside=("edge_sdk/agent.py", "edge_sdk/trainer.py")),
@@ -90,7 +86,7 @@ ROOMS = {
 # Besides layers 0-4 without `session`, the server shares these with the device.
 SERVER_MAY_IMPORT = {
     f"edge_sdk/{name}.py"
-    for name in ("infer", "link", "model", "mqtt", "probe", "store", "task", "train")
+    for name in ("infer", "link", "model", "mqtt", "probe", "process", "store", "task", "train")
 }
 
 STRATEGIES = tuple(path for path in ROOMS if path.startswith("edge_sdk/strategies/"))
@@ -102,6 +98,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "msgpack": ("edge_sdk/wire.py",),
     "msgspec": tuple(ROOMS),
     "numpy": (
+        "edge_sdk/cli.py",
         "edge_sdk/codec.py",
         "edge_sdk/infer.py",
         "edge_sdk/merge.py",
@@ -118,8 +115,13 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("edge_sdk/infer.py",),
     "onnxscript": ("reference_server/export.py",),
     "paho": ("edge_sdk/mqtt.py",),
-    "psutil": ("edge_sdk/probe.py",),
-    "rich": ("edge_sdk/cli.py", "reference_server/cli.py", "reference_server/screen.py"),
+    "psutil": ("edge_sdk/probe.py", "edge_sdk/process.py"),
+    "rich": (
+        "edge_sdk/cli.py",
+        "edge_sdk/screen.py",
+        "reference_server/cli.py",
+        "reference_server/screen.py",
+    ),
     "safetensors": ("reference_server/export.py", "reference_server/versions.py"),
     "sqlalchemy": (
         "reference_server/database.py",
@@ -139,8 +141,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "zstandard": ("edge_sdk/codec.py",),
 }
 
-# The agent imports these two, so they load the heavy ones only inside a child process's functions.
-CHILD_PROCESS_ONLY = ("edge_sdk/probe.py", "edge_sdk/trainer.py")
+# These start or are loaded into small processes: the heavy ones only inside functions.
+LAZY = ("edge_sdk/cli.py", "edge_sdk/probe.py", "edge_sdk/trainer.py")
 
 SERVER_PURE = ("accounts", "fleet", "rounds")
 PURE = {path for path, room in ROOMS.items() if room.layer <= 4}
@@ -200,7 +202,7 @@ def tree_of(file: str) -> ast.Module:
 
 
 def imports_of(file: str) -> Iterator[Import]:
-    """Every import in a file, functions included, as dotted names."""
+    """Every import in a file, those inside functions too, as dotted names."""
     stack: list[tuple[ast.AST, bool, bool]] = [(tree_of(file), False, False)]
     while stack:
         node, typing_only, lazy = stack.pop()
@@ -279,7 +281,7 @@ def test_dependencies_have_owners(file: str) -> None:
             if file not in OWNERS.get(package, ()):
                 owners = ", ".join(OWNERS.get(package, ("nobody",)))
                 refused.add(f"line {found.line}: {package} belongs to {owners}")
-            elif file in CHILD_PROCESS_ONLY and package in ("numpy", "torch") and not found.lazy:
+            elif file in LAZY and package in ("numpy", "torch") and not found.lazy:
                 refused.add(f"line {found.line}: import {package} inside a function")
     assert not refused, told(file, refused)
 

@@ -24,11 +24,14 @@ from edge_sdk.probe import (
     measure_memory_bandwidth,
     measure_storage,
     probe,
+)
+from edge_sdk.process import (
     process_cpu_s,
     process_peak,
     process_peak_bytes,
     process_rss_bytes,
     reset_peak,
+    shed_library_pages,
 )
 from edge_sdk.profile import FIGURES, parse_profile, profile_toml
 
@@ -373,6 +376,26 @@ def test_without_proc_the_source_of_the_peak_is_told(
     assert other.bytes > 4 * MIB
     assert other.source.startswith("rss now")
     assert not reset_peak(proc_root=tmp_path)
+
+
+@pytest.mark.skipif(not LINUX, reason="only Linux can be asked for pages of files")
+def test_library_pages_that_only_loading_needed_are_given_back() -> None:
+    program = (
+        "import sys, torch\n"
+        "from edge_sdk.process import process_rss_bytes, shed_library_pages\n"
+        "before = process_rss_bytes()\n"
+        "asked = shed_library_pages()\n"
+        "torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()\n"
+        "print(asked, before, process_rss_bytes())\n"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    asked, before, after = map(int, output.stdout.split())
+    assert asked > 0
+    assert after < before - 20 * MIB
+
+
+def test_without_maps_no_pages_are_given_back(tmp_path: Path) -> None:
+    assert shed_library_pages(proc_root=tmp_path) == 0
 
 
 def test_a_gpu_is_found_by_its_driver(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if isinstance(kind, kinds.TupleType):
         return st.tuples(*(values_of(item) for item in kind.item_types))
     assert isinstance(kind, kinds.StructType), kind
-    return st.builds(
-        kind.cls, **{field.name: values_of(field.type) for field in kind.fields}
-    )
+    return st.builds(kind.cls, **{field.name: values_of(field.type) for field in kind.fields})
 
 
 def any_of(cls: type) -> st.SearchStrategy[Any]:
@@ -202,14 +201,10 @@ def test_every_truncation_of_an_update_is_refused() -> None:
 @given(payload=st.binary(max_size=80), kind=st.sampled_from([1, 3, 5, 7, 11, 32]))
 def test_random_bytes_are_a_message_or_malformed(payload: bytes, kind: int) -> None:
     for attempt in (payload, b"ed\x01\x00" + bytes([kind]) + payload):
-        try:
+        with suppress(MalformedMessage):
             decode(attempt)
-        except MalformedMessage as error:
-            assert str(error)
-    try:
+    with suppress(MalformedMessage):
         decode_update(memoryview(b"eu\x01" + payload))
-    except MalformedMessage as error:
-        assert str(error)
 
 
 @settings(max_examples=200, deadline=None)
@@ -217,10 +212,8 @@ def test_random_bytes_are_a_message_or_malformed(payload: bytes, kind: int) -> N
 def test_a_changed_byte_is_a_message_or_malformed(data: st.DataObject, name: str) -> None:
     whole = bytearray.fromhex(GOLDEN[name]["hex"])
     whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with suppress(MalformedMessage):
         decode(bytes(whole))
-    except MalformedMessage as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +238,7 @@ def test_what_is_no_message_is_named(payload: bytes, message: str) -> None:
 @pytest.mark.parametrize("value", [msgpack.Timestamp(1, 0), msgpack.ExtType(5, b"abc")])
 @pytest.mark.parametrize("field", ["state", "unknown"])
 def test_extension_types_are_refused_everywhere(value: object, field: str) -> None:
-    with pytest.raises(MalformedMessage, match="Presence: .*ext"):
+    with pytest.raises(MalformedMessage, match=r"Presence: .*ext"):
         decode(frame(Presence, {**fields_of("Presence"), field: value}))
 
 
@@ -268,7 +261,7 @@ def test_keys_that_are_no_text_are_refused() -> None:
 @pytest.mark.parametrize("opener", [b"\x91", b"\x81\xa1a"], ids=["arrays", "maps"])
 def test_deep_nesting_is_refused(opener: bytes) -> None:
     deep = b"\x83\xa5state\xa5ready\xa7session\x03\xa1x" + opener * 20_000 + b"\x01"
-    with pytest.raises(MalformedMessage, match="Presence: (StackError|RecursionError|maximum)"):
+    with pytest.raises(MalformedMessage, match=r"Presence: (StackError|RecursionError|maximum)"):
         decode(raw_body(Presence, deep))
 
 
@@ -342,15 +335,15 @@ def test_msgpack_bombs_stay_small_and_quick(bomb: bytes) -> None:
     body = b"\x83\xa5state\xa5ready\xa7session\x03\xa1x" + bomb
     payload = raw_body(Presence, body[: MAX_CONTROL_BYTES - BODY_BYTES])
     header = struct.pack("!2sBI", b"eu", 1, MAX_UPDATE_HEADER_BYTES)
-    update = (header + body)[: 7 + MAX_UPDATE_HEADER_BYTES].ljust(7 + MAX_UPDATE_HEADER_BYTES, b"\0")
+    update = (header + body)[: 7 + MAX_UPDATE_HEADER_BYTES].ljust(
+        7 + MAX_UPDATE_HEADER_BYTES, b"\0"
+    )
     tracemalloc.start()
     started_s = time.monotonic()
     try:
         for attack in (lambda: decode(payload), lambda: decode_update(memoryview(update))):
-            try:
+            with suppress(MalformedMessage):
                 attack()
-            except MalformedMessage as error:
-                assert str(error)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -470,7 +463,7 @@ def test_topics_of_a_job() -> None:
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "a/b", "+", "#", "a\n", "ü", "x" * 65])
 def test_names_that_cannot_be_part_of_a_topic_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="job name .* must be 1 to 64 of the characters"):
+    with pytest.raises(ConfigError, match=r"job name .* must be 1 to 64 of the characters"):
         Topics(name)
     with pytest.raises(ConfigError, match="device name"):
         Topics("job").up(name)

@@ -21,9 +21,7 @@ class Strategy:
 
 
 STRATEGIES = {
-    "full": Strategy(
-        last_blocks.everything, last_blocks.device_round, last_blocks.ServerRound
-    ),
+    "full": Strategy(last_blocks.everything, last_blocks.device_round, last_blocks.ServerRound),
     "last_blocks": Strategy(
         last_blocks.last_blocks, last_blocks.device_round, last_blocks.ServerRound
     ),

@@ -1,0 +1,70 @@
+"""From the sums of a closed round to the files of the next version, one block in memory at a time.
+
+A function of what is on the disk: a killed server repeats it and gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from edge_sdk.blocks import ModelSpec
+from edge_sdk.errors import ProtocolMisuse
+from edge_sdk.merge import BlockSum
+from edge_sdk.strategies.last_blocks import ServerRound
+from reference_server.ledger import Ledger, RoundRow
+from reference_server.versions import Manifest, VersionStore
+
+Coverage = dict[str, dict[str, int]]
+
+
+def merge_round(
+    row: RoundRow,
+    base: Manifest,
+    server_round: Callable[..., ServerRound],
+    spec: ModelSpec,
+    ledger: Ledger,
+    versions: VersionStore,
+) -> tuple[Manifest, Coverage]:
+    """Write the version a closed round becomes; its manifest, and who trained each block.
+
+    What nobody trained keeps its entry, and so its bytes.
+    """
+    sums = _RoundSums(spec, ledger, base.job, row.round)
+    entries = {entry.name: entry for entry in base.blocks}
+    half = server_round(spec, spec.names, "", sums)
+    for name, arrays in half.close(
+        lambda block: versions.load_block(spec.block(block), base.block(block).sha256)
+    ):
+        entries[name] = versions.put_block(spec.block(name), arrays)
+    manifest = Manifest(
+        job=base.job,
+        version=base.version + 1,
+        round=row.round,
+        parent_sha=row.base_sha,
+        created_s=time.time(),
+        blocks=tuple(entries[name] for name in spec.names),
+    )
+    versions.write_manifest(manifest)
+    return manifest, sums.coverage
+
+
+class _RoundSums:
+    """The sums of a closed round, all worker slots together, as a strategy sees them."""
+
+    def __init__(self, spec: ModelSpec, ledger: Ledger, job: str, number: int) -> None:
+        self._spec, self._ledger, self._job, self._number = spec, ledger, job, number
+        self.coverage: Coverage = {name: {"devices": 0, "samples": 0} for name in spec.names}
+
+    def load(self, block: str) -> BlockSum:
+        """The sum of one block; zero when nobody trained it."""
+        spec = self._spec.block(block)
+        total = BlockSum.zero(spec)
+        for partial in self._ledger.partials(self._job, self._number, block):
+            total.merge(BlockSum.from_bytes(spec, partial.num))
+        self.coverage[block] = {"devices": total.devices, "samples": total.samples}
+        return total
+
+    def save(self, block: str, total: BlockSum) -> None:
+        """Never: a closed round counts nothing."""
+        raise ProtocolMisuse(f"round {self._number} is closed, {block!r} was to be added to")
