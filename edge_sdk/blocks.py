@@ -101,8 +101,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         names_bytes = sum(len(name) for name in self.names)
         if names_bytes > MAX_NAMES_BYTES:
             raise TaskError(
-                f"the names of all blocks take {names_bytes} bytes, the limit is {MAX_NAMES_BYTES}: "
-                "name the blocks in the task, shorter"
+                f"the names of all blocks take {names_bytes} bytes, the limit is "
+                f"{MAX_NAMES_BYTES}: name the blocks in the task, shorter"
             )
 
     @property

@@ -52,7 +52,7 @@ class BlockModel:
         self.spec = _describe(self.module, self.groups, self.chain_of)
 
     def tensors(self, block: str) -> dict[str, torch.Tensor]:
-        """The live tensors of a block, by name; looked up anew, as a module may replace a buffer."""
+        """The live tensors of a block, by name: looked up anew, a module may replace a buffer."""
         live = {}
         for spec in self.spec.block(block).tensors:
             owner, _, leaf = spec.name.rpartition(".")
@@ -99,7 +99,7 @@ class BlockModel:
 
 
 def cut(module: nn.Module, task: Task) -> tuple[Groups, dict[str, str]]:
-    """Block name to state_dict keys, and block name to chain; TaskError when they do not partition."""
+    """Block name to state_dict keys, and to chain; TaskError when they are no partition."""
     keys = list(module.state_dict(keep_vars=True))
     if not keys:
         raise TaskError(f"task {task.name!r}: the model has no tensors, there is nothing to train")
@@ -179,7 +179,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _stacks(module: nn.Module) -> list[str]:
-    """Paths of the lists of layers in a module: its children, or those of the one child with any."""
+    """Paths of the lists of layers in a module: its children, or those of its one such child."""
     lists = [
         name
         for name, child in module.named_children()
@@ -270,7 +270,7 @@ def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> in
     # The first list of an LSTM is its two states, the weights are the last one.
     weights = [item for item in rest if isinstance(item, (list, tuple))][-1]
     steps = inputs.numel() // inputs.shape[-1]
-    return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
+    return 2 * steps * sum(int(w.numel()) for w in weights if w.dim() == 2)
 
 
 def _attention_flops(_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:

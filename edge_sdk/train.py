@@ -86,10 +86,7 @@ def _sgd(parameter: torch.nn.Parameter, state: State, how: Training, _step: int)
     if not how.momentum:
         parameter.add_(gradient, alpha=-how.learning_rate)
         return ()
-    if state is None:
-        velocity = gradient.clone()
-    else:
-        velocity = state[0].mul_(how.momentum).add_(gradient)
+    velocity = gradient.clone() if state is None else state[0].mul_(how.momentum).add_(gradient)
     parameter.add_(velocity, alpha=-how.learning_rate)
     return (velocity,)
 

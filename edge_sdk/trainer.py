@@ -151,10 +151,12 @@ class Trainer:
             self._child.wait()
             self._child = None
         if self._connection is not None:
-            with suppress(OSError):
-                # Wakes the reader thread, which owns the descriptor from here on.
-                with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-                    end.shutdown(socket.SHUT_RDWR)
+            # Wakes the reader thread, which owns the descriptor from here on.
+            with (
+                suppress(OSError),
+                socket.socket(fileno=os.dup(self._connection.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
             self._connection = None
         self.pid = None
 

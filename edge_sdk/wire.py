@@ -1,4 +1,4 @@
-"""The protocol: every topic, message, field, limit and version number, spelled here and nowhere else.
+"""The protocol: every topic, message, field, limit and version number, spelled only here.
 
 Theory of operation. One job lives under ``edge/v1/<job>``. A device speaks on ``u/<device>`` and
 listens on ``d/<device>``; the server keeps a small retained ``head`` that says which incarnation
@@ -197,7 +197,7 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Piece ``index`` of ``total`` of the content whose SHA-256 starts with ``transfer`` (8 bytes)."""
+    """Piece ``index`` of ``total`` of the content whose SHA-256 starts with these 8 bytes."""
 
     transfer: bytes
     index: int

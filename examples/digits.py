@@ -9,7 +9,7 @@ from torch import nn
 
 from edge_sdk import Task, Training
 
-WIDTH, DEPTH, HEADS = 216, 6, 8
+WIDTH, DEPTH, HEADS = 168, 6, 8
 
 
 class Block(nn.Module):
@@ -61,9 +61,9 @@ def train_data(part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
 
 def task() -> Task:
     def how(rate: float) -> Training:
-        return Training(optimizer="adamw", learning_rate=rate, weight_decay=0.01, batch_size=16)
+        return Training(optimizer="adamw", learning_rate=rate, weight_decay=0.01, batch_size=32)
 
     return Task(name="digits", build_model=VisionTransformer, loss=nn.functional.cross_entropy,
                 train_data=train_data, test_data=lambda: share(0.0, 0.2),
-                public_data=lambda: share(0.2, 0.4), training=how(2e-4), pretraining=how(3e-4),
+                public_data=lambda: share(0.2, 0.4), training=how(2e-4), pretraining=how(7e-4),
                 pretrain_epochs=2)  # fmt: skip

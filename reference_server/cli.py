@@ -44,7 +44,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--codec", default="int8", show_default=True, help="Updates as fp32, fp16 or int8."
         ),
-        click.option("--rounds", type=click.IntRange(1, 1_000_000), default=8, show_default=True),
+        click.option("--rounds", type=click.IntRange(1, 1_000_000), default=10, show_default=True),
         click.option("--seed", type=click.IntRange(0, (1 << 31) - 1), default=0, show_default=True),
         click.option(
             "--broker",

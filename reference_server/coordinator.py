@@ -46,7 +46,6 @@ from edge_sdk.wire import (
 )
 from reference_server import fleet as fleets
 from reference_server.evaluate import Evaluator
-from reference_server.export import export_onnx, export_safetensors
 from reference_server.ingest import Ingest, RoundTerms
 from reference_server.ledger import Ledger, RoundRow
 from reference_server.merging import merge_round
@@ -541,6 +540,9 @@ class Coordinator:
         return report
 
     def _export(self) -> dict[str, str]:
+        # Only here, because ONNX Runtime is not needed before.
+        from reference_server.export import export_onnx, export_safetensors
+
         directory = self._settings.state_dir
         arguments = (self._evaluator, self._versions, self._manifest)
         files = {

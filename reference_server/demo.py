@@ -49,7 +49,7 @@ class DemoSettings:
     profiles: tuple[str, ...] = DEMO_DEVICES
     strategy: str = "last_blocks"
     codec: str = "int8"
-    rounds: int = 8
+    rounds: int = 10
     round_s: float
     deadline_s: float
     seed: int = 0

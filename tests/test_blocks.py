@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -100,7 +101,7 @@ def test_the_hash_of_a_content_does_not_depend_on_its_parts(
     content: bytes, cuts: list[int]
 ) -> None:
     edges = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
-    parts = [memoryview(content)[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [memoryview(content)[a:b] for a, b in pairwise(edges)]
     assert content_hash(parts) == hashlib.sha256(content).hexdigest()
 
 

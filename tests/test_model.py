@@ -150,7 +150,7 @@ def test_several_branches_are_chains_and_the_rest_is_the_trunk() -> None:
         "image": ["image.embed", "image.layers.0", "image.layers.1", "image.head"],
         TRUNK: ["head"],
     }
-    assert [t.name for t in model.spec.block("head").tensors][0] == "join.weight"
+    assert model.spec.block("head").tensors[0].name == "join.weight"
 
 
 def test_several_lists_one_after_another_are_all_cut() -> None:

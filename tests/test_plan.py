@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.blocks import Block, ModelSpec, TensorSpec
-from edge_sdk.cost import BlockCost, CostTable, estimate
+from edge_sdk.cost import BlockCost, CostTable, Estimate, estimate
 from edge_sdk.errors import MIB, NothingFits
 from edge_sdk.plan import DEADLINE_SHARE, Limits, Plan, choose
 from edge_sdk.wire import Training
@@ -65,8 +65,10 @@ def limits_with(**changes: Any) -> Limits:
     return msgspec.structs.replace(ROOMY, **changes)
 
 
-def fits(table: CostTable, blocks: tuple[str, ...], micro_batch: int, limits: Limits) -> bool:
-    got = estimate(
+def cost_of(
+    blocks: tuple[str, ...], micro_batch: int, limits: Limits, table: CostTable = TABLE
+) -> Estimate:
+    return estimate(
         table,
         blocks,
         TRAINING,
@@ -76,6 +78,10 @@ def fits(table: CostTable, blocks: tuple[str, ...], micro_batch: int, limits: Li
         flops_per_s=limits.flops_per_s,
         bits_per_param=5.2,
     )
+
+
+def fits(table: CostTable, blocks: tuple[str, ...], micro_batch: int, limits: Limits) -> bool:
+    got = cost_of(blocks, micro_batch, limits, table)
     moving_s = got.upload_bytes / limits.uplink_bytes_per_s
     moving_s += limits.fetch_bytes / limits.downlink_bytes_per_s
     in_time = got.train_s + moving_s <= DEADLINE_SHARE * limits.deadline_s
@@ -89,7 +95,7 @@ rows = st.lists(
 )
 any_limits = st.builds(
     Limits,
-    memory_bytes=st.integers(90 * MIB, 160 * MIB),
+    memory_bytes=st.integers(90 * MIB, 200 * MIB),
     bound_by=st.just("the profile"),
     floor_bytes=st.just(80 * MIB),
     flops_per_s=st.floats(1e6, 1e9),
@@ -172,13 +178,15 @@ def test_memory_makes_the_micro_batch_smaller_before_blocks_are_left_out() -> No
 
 
 def test_what_was_left_out_for_memory_is_explained() -> None:
-    plan = chosen(limits_with(memory_bytes=111 * MIB, bound_by="the cgroup limit"))
+    memory_bytes = cost_of(NAMES, 1, ROOMY).peak_bytes - 1
+    plan = chosen(limits_with(memory_bytes=memory_bytes, bound_by="the cgroup limit"))
     assert plan.blocks != NAMES
     left = plan.left_out[0]
     assert left.blocks == NAMES
     assert left.reason.startswith("needs ")
     assert left.reason.endswith(
-        " MiB at the smallest micro-batch, 111 MiB allowed by the cgroup limit"
+        " MiB at the smallest micro-batch, "
+        f"{memory_bytes / MIB:.0f} MiB allowed by the cgroup limit"
     )
 
 
@@ -197,7 +205,7 @@ def test_nothing_fits_says_what_the_cheapest_plan_needs_and_what_to_do() -> None
     with pytest.raises(NothingFits) as caught:
         chosen(limits_with(memory_bytes=50 * MIB))
     text = str(caught.value)
-    assert text.startswith("cheapest plan (b4) needs 1")
+    assert text.startswith("cheapest plan (b4) needs ")
     assert "MiB at the smallest micro-batch, 50 MiB allowed by the profile" in text
     assert "Lower the batch size, raise the deadline, or raise the device's budget" in text
 

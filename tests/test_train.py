@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number_ends_training(value: float) -> None:
 def test_a_learning_rate_that_is_far_too_large_is_noticed() -> None:
     model = model_of(loss=lambda output, targets: output.square().mean().exp())
     how = Training(learning_rate=1000.0, batch_size=4, local_epochs=5)
-    with pytest.raises(Diverged, match="at step [1-9]"):
+    with pytest.raises(Diverged, match=r"at step [1-9]"):
         train(model, samples_of(20), model.spec.names, how, micro_batch=4, order_seed=0)
 
 
