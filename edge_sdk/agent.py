@@ -396,8 +396,8 @@ class Agent:
         log.warning("the trainer died (exit code %s)", exit_code)
         if self._described is None and self._kills >= MAX_KILLS:
             raise ConfigError(
-                f"the trainer died {self._kills} times before it could describe the task (exit code "
-                f"{exit_code}); run `edge-sdk doctor`, and the task file by itself"
+                f"the trainer died {self._kills} times before it could describe the task (exit "
+                f"code {exit_code}); run `edge-sdk doctor`, and the task file by itself"
             )
         self._trainer.start()
         self._step(Event.KILLED)

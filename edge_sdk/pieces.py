@@ -231,7 +231,8 @@ class Incoming:
         actual = hashlib.sha256(self.content).hexdigest()
         if actual != self.sha256:
             raise MalformedMessage(
-                f"{len(self.content)} bytes arrived with SHA-256 {actual}, announced was {self.sha256}"
+                f"{len(self.content)} bytes arrived with SHA-256 {actual}, "
+                f"announced was {self.sha256}"
             )
 
     def want(self, now_s: float) -> Ranges:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -173,6 +174,8 @@ class Trainer:
             [sys.executable, "-m", "edge_sdk.trainer", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            # What a task file prints must not end up in the agent's own, machine-readable output.
+            stdout=sys.stderr,
             env={**os.environ, **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
         self.pid = self._child.pid
@@ -397,6 +400,7 @@ def main() -> int:
     """Entry of the child process: the descriptor of its socket is its one argument."""
     if len(sys.argv) != 2 or not sys.argv[1].isdigit():
         raise ConfigError("edge_sdk.trainer is started by the agent, not by hand")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then closes us
     serve(Connection(int(sys.argv[1])))
     return 0
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
+from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError, TaskError
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
@@ -47,11 +47,12 @@ from edge_sdk.wire import (
 from reference_server import fleet as fleets
 from reference_server.evaluate import Evaluator
 from reference_server.ingest import Ingest, RoundTerms
-from reference_server.ledger import Ledger, RoundRow
+from reference_server.ledger import Answers, Ledger, RoundRow
 from reference_server.merging import merge_round
 from reference_server.report import ROW_KEYS, RunReport
 from reference_server.rounds import (
     Action,
+    Decision,
     Phase,
     RoundPolicy,
     RoundView,
@@ -115,6 +116,7 @@ class Coordinator:
         self._ingest = Ingest(settings.job, spec, self._strategy, self._ledger, tickets, self._rng)
         self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
         self._row: RoundRow | None = None
+        self._known_answers: Answers | None = None
         self._opened_at_s = self._last_answer_s = 0.0
         self._abandoned = 0
         self._dropped = 0
@@ -161,9 +163,9 @@ class Coordinator:
         for key, value in asked.items():
             if stored.get(key) != value:
                 raise StateError(
-                    f"{mine.state_dir}: job {mine.job!r} was started with {key} {stored.get(key)!r}, "
-                    f"now {value!r} is asked for: continue with the old value, or start a new job in "
-                    "another state directory"
+                    f"{mine.state_dir}: job {mine.job!r} was started with {key} "
+                    f"{stored.get(key)!r}, now {value!r} is asked for: continue with the old "
+                    "value, or start a new job in another state directory"
                 )
 
     def _first_version(self) -> Manifest:
@@ -226,7 +228,8 @@ class Coordinator:
 
     def _next(self) -> Any:
         now_s = time.monotonic()
-        due = [now_s + 1.0 if self._row is None else self._decision().until_s]
+        deciding = self._row is not None and self._row.phase is Phase.OPEN
+        due = [self._decision().until_s if deciding else now_s + 1.0]
         asked_s = self._ingest.next_due_s()
         if asked_s is not None:
             due.append(asked_s)
@@ -308,7 +311,7 @@ class Coordinator:
         self._to(device, Welcome(boot=self._boot, session=message.session))
         self._say({"event": "device", "device": device, "profile": message.profile})
         if self._row is not None and self._row.phase is Phase.OPEN:
-            answers = self._ledger.answers(self._settings.job, self._row.round)
+            answers = self._answers(self._row)
             if device not in answers.verdicts:
                 self._offer([device])
 
@@ -336,7 +339,7 @@ class Coordinator:
             return
         self._to(device, answer)
         if isinstance(answer, Receipt):
-            self._last_answer_s = now_s
+            self._known_answers, self._last_answer_s = None, now_s
             self._say(
                 {
                     "event": "update",
@@ -352,8 +355,8 @@ class Coordinator:
             return
         job = self._settings.job
         if self._ledger.record_decline(job, message.round, device, message.reason):
-                self._last_answer_s = now_s
-                self._say({"event": "decline", "device": device, "reason": message.reason})
+            self._known_answers, self._last_answer_s = None, now_s
+            self._say({"event": "decline", "device": device, "reason": message.reason})
 
     def _tallied(self, device: str, message: Tally, _now_s: float) -> None:
         self._report.tally(device, message)
@@ -384,10 +387,16 @@ class Coordinator:
         elif decision.action is Action.ABANDON:
             self._abandon(decision.reason)
 
-    def _decision(self) -> Any:
+    def _answers(self, row: RoundRow) -> Answers:
+        """What the ledger says of the open round, read again only after it changed."""
+        if self._known_answers is None:
+            self._known_answers = self._ledger.answers(self._settings.job, row.round)
+        return self._known_answers
+
+    def _decision(self) -> Decision:
         row = self._row
         assert row is not None
-        answers = self._ledger.answers(self._settings.job, row.round)
+        answers = self._answers(row)
         view = RoundView(
             offered=answers.offered,
             opened_at_s=self._opened_at_s,
@@ -420,6 +429,7 @@ class Coordinator:
         self._offer(ready)
 
     def _set_terms(self, row: RoundRow) -> None:
+        self._known_answers = None
         self._ingest.terms = RoundTerms(
             round=row.round,
             base_sha=row.base_sha,
@@ -430,8 +440,10 @@ class Coordinator:
 
     def _offer(self, devices: list[str]) -> None:
         row, terms = self._row, self._ingest.terms
-        assert row is not None and terms is not None
+        assert row is not None
+        assert terms is not None
         self._ledger.record_offers(self._settings.job, row.round, devices)
+        self._known_answers = None
         for device in devices:
             self._fleet.offered(device, row.round)
             self._to(
@@ -549,7 +561,10 @@ class Coordinator:
             "safetensors": str(export_safetensors(*arguments, directory / "model.safetensors"))
         }
         if self._evaluator.task.test_data is not None:
-            files["onnx"] = str(export_onnx(*arguments, directory / "model.onnx"))
+            try:
+                files["onnx"] = str(export_onnx(*arguments, directory / "model.onnx"))
+            except TaskError as error:  # the model is safe; this must not cost the run its report
+                self._say({"event": "not_exported", "reason": str(error)})
         return files
 
 

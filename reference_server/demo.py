@@ -30,7 +30,7 @@ from reference_server.screen import Screen, summary
 LOOK_S = 0.1
 MAX_SERVER_RESTARTS = 20
 # Chosen so that these boards' own rates and memory lead to different depths.
-DEMO_ROUND_S = 8.0
+DEMO_ROUND_S = 5.0
 DEMO_DEVICES = (
     "raspberry-pi-3b-plus",
     "raspberry-pi-4b-2gb",

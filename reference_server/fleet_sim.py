@@ -22,6 +22,8 @@ from pathlib import Path
 from edge_sdk.errors import StateError
 from edge_sdk.trainer import MALLOC, serve
 
+# Simulated devices give way to the server and the broker, with whom real ones share no processor.
+GIVE_WAY = ("nice", "-n", "5")
 # A device that dies at once is started again, but not in a spin.
 RESTART_WAIT_S = 0.5
 MAX_RESTART_WAIT_S = 10.0
@@ -44,7 +46,7 @@ class Nursery:
         listener.bind(self.socket)
         listener.listen(64)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "reference_server.fleet_sim", str(listener.fileno())],
+            [*GIVE_WAY, sys.executable, "-m", "reference_server.fleet_sim", str(listener.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             env={**os.environ, **MALLOC},
@@ -166,7 +168,7 @@ class SimulatedFleet:
 
     def _command(self, device: str, profile: str, part: int, home: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "edge_sdk", "run"),
+            *(*GIVE_WAY, sys.executable, "-m", "edge_sdk", "run"),
             *("--task", str(self.task_path), "--broker", self.url, "--job", self.job),
             *("--device", device, "--profile", profile, "--state", str(home)),
             *("--part", str(part), "--parts", str(len(self.profiles))),

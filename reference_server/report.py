@@ -1,4 +1,4 @@
-"""What a run did, measured: one JSON document, kept on disk so that a killed server continues it."""
+"""What a run did, measured: one JSON document, kept on disk for a killed server to continue."""
 
 from __future__ import annotations
 

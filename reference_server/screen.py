@@ -23,8 +23,8 @@ class Screen:
         self._rounds = rounds
         self._devices: dict[str, dict[str, str]] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            console=self._console,
+            TextColumn("{task.description}"), BarColumn(),
+            TextColumn("{task.completed}/{task.total}"), console=self._console,
         )  # fmt: skip
         self._bar = self._progress.add_task("rounds", total=rounds)
         self._live = Live(console=self._console, refresh_per_second=5, transient=True)
@@ -105,6 +105,9 @@ class Screen:
             )
         self._progress.update(self._bar, completed=event["version"])
 
+    def _not_exported(self, event: Event) -> None:
+        self.line(f"no ONNX file: {event['reason']}")
+
     def _said(self, event: Event) -> None:
         self.line(
             f"round {event['round']} {event['event']}: {event.get('reason', '')}".rstrip(": ")
@@ -150,6 +153,7 @@ _SHOWN = {
     "update": Screen._update,
     "decline": Screen._declined,
     "published": Screen._published,
+    "not_exported": Screen._not_exported,
     "abandoned": Screen._said,
     "extended": Screen._said,
     "resumed": Screen._said,
