@@ -28,6 +28,7 @@ class Pair:
 
     writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     up_left: int | None
+    stall_left: int | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
@@ -49,6 +50,7 @@ class Relay:
         self.down_bytes = 0
         self.connections = 0
         self.cuts = 0
+        self.stalled = False
 
     def __enter__(self) -> Relay:
         self._thread.start()
@@ -81,10 +83,15 @@ class Relay:
 
     def stall(self) -> None:
         """Keep connections open and forward nothing, like a dead link."""
-        self._loop.call_soon_threadsafe(self._flowing.clear)
+        self._loop.call_soon_threadsafe(self._stop_flow)
+
+    def stall_after_up_bytes(self, count: int, client_port: int) -> None:
+        """As ``stall``, as soon as the client at that port has sent this many more bytes up."""
+        self._control(self._arm_stall(count, client_port))
 
     def flow(self) -> None:
         """Forward again what waited."""
+        self.stalled = False
         self._loop.call_soon_threadsafe(self._flowing.set)
 
     def refuse(self) -> None:
@@ -135,6 +142,17 @@ class Relay:
         for pair in self._pairs:
             pair.up_left = count
 
+    async def _arm_stall(self, count: int, client_port: int) -> None:
+        for pair in self._pairs:
+            if pair.writers[0].get_extra_info("peername")[1] == client_port:
+                pair.stall_left = count
+
+    def _stop_flow(self) -> None:
+        self._flowing.clear()
+        with self._changed:
+            self.stalled = True
+            self._changed.notify_all()
+
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
@@ -165,6 +183,11 @@ class Relay:
                         self._reset(pair)
                         return
                     pair.up_left -= len(data)
+                if up and pair.stall_left is not None:
+                    pair.stall_left -= len(data)
+                    if pair.stall_left <= 0:
+                        pair.stall_left = None
+                        self._stop_flow()
                 writer.write(data)
                 await writer.drain()
             await self._flowing.wait()

@@ -1,0 +1,1 @@
+"""What is measured against peers and limits; each file is a command, see CONTRIBUTING.md."""
