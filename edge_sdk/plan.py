@@ -143,7 +143,7 @@ def _obstacle(cost: Estimate, limits: Limits) -> str | None:
         )
     needed_s, allowed_s = _round_s(cost, limits), limits.deadline_s * DEADLINE_SHARE
     if needed_s > allowed_s:
-        return f"takes {needed_s:.1f} s, {allowed_s:.1f} s of the round's deadline are usable"
+        return f"takes {needed_s:.2f} s, {allowed_s:.2f} s of the round's deadline are usable"
     return None
 
 

@@ -118,6 +118,8 @@ class Coordinator:
         self._row: RoundRow | None = None
         self._known_answers: Answers | None = None
         self._opened_at_s = self._last_answer_s = 0.0
+        self._idle_since_s = self._started_s
+        self._why = ""
         self._abandoned = 0
         self._dropped = 0
         self._manifest = self._first_version()
@@ -367,7 +369,8 @@ class Coordinator:
         if self._abandoned >= MAX_ABANDONED_IN_A_ROW:
             raise Refused(
                 f"{self._abandoned} rounds in a row ended without a version: fewer than "
-                f"{self._settings.policy.min_devices} devices answered; see the devices' own output"
+                f"{self._settings.policy.min_devices} updates were accepted in each. "
+                f"{self._why[:1500] or 'No device said why: see their own output'}"
             )
         return self._row is None and self._manifest.version >= self._settings.rounds
 
@@ -416,7 +419,7 @@ class Coordinator:
             return
         number = self._row.round if self._row is not None else -1
         ready = self._fleet.eligible(number, now_s)
-        if len(ready) < max(self._settings.min_devices, self._settings.policy.min_devices):
+        if len(ready) < self._devices_needed(now_s):
             return
         if self._row is None:
             self._row = self._ledger.plan_round(
@@ -427,6 +430,13 @@ class Coordinator:
         self._set_terms(self._row)
         self._say({"event": "round", "round": self._row.round, "devices": ready})
         self._offer(ready)
+
+    def _devices_needed(self, now_s: float) -> int:
+        """The whole fleet for the first round; later its absentees delay a round once at most."""
+        policy, whole = self._settings.policy, self._settings.min_devices
+        started = self._manifest.version > 0 or self._abandoned > 0
+        waited = now_s - self._idle_since_s > policy.deadline_s
+        return policy.min_devices if started and waited else max(whole, policy.min_devices)
 
     def _set_terms(self, row: RoundRow) -> None:
         self._known_answers = None
@@ -468,9 +478,12 @@ class Coordinator:
         assert row is not None
         self._ledger.abandon(self._settings.job, row.round)
         self._say({"event": "abandoned", "round": row.round, "reason": reason})
+        declined = self._answers(row).declined
+        self._why = "; ".join(f"{device}: {why}" for device, why in sorted(declined.items()))
         self._row, self._ingest.terms = None, None
         self._ingest.forget()
         self._abandoned += 1
+        self._idle_since_s = time.monotonic()
 
     def _merge(self) -> None:
         """CLOSING to PUBLISHED: the same bytes however often a killed server repeats it."""
@@ -487,7 +500,8 @@ class Coordinator:
             job, row.round, version=manifest.version, sha=manifest.model_sha256, parent=row.base_sha
         )
         self._manifest, self._row, self._abandoned = manifest, None, 0
-        wall_s = time.monotonic() - self._opened_at_s
+        self._idle_since_s = time.monotonic()
+        wall_s = self._idle_since_s - self._opened_at_s
         self._announce("running")
         self._look_at_round()
         self._hear_out()
@@ -504,7 +518,12 @@ class Coordinator:
         measured = self._evaluator.measure(self._versions, self._manifest)
         rows = [self._row_of(upload) for upload in self._ledger.uploads(self._settings.job, number)]
         entry = self._report.closed(
-            number, measured=measured, wall_s=wall_s, coverage=coverage, devices=rows
+            number,
+            measured=measured,
+            wall_s=wall_s,
+            coverage=coverage,
+            devices=rows,
+            declined=self._ledger.answers(self._settings.job, number).declined,
         )
         self._report.save()
         self._say({"event": "published", "version": self._manifest.version, **entry})

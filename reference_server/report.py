@@ -80,8 +80,12 @@ class RunReport:
         wall_s: float,
         coverage: Mapping[str, Mapping[str, int]],
         devices: Sequence[Mapping[str, Any]],
+        declined: Mapping[str, str],
     ) -> dict[str, Any]:
-        """A round was published; ``devices`` are its rows without tallies. Returns its entry."""
+        """A round was published; its entry.
+
+        ``devices`` are its rows without tallies, ``declined`` who sat out and why.
+        """
         loss, accuracy = measured if measured is not None else (math.nan, math.nan)
         rows = [dict(row) for row in devices]
         for row in rows:
@@ -93,6 +97,7 @@ class RunReport:
             "wall_s": wall_s,
             "coverage": coverage,
             "devices": rows,
+            "declined": dict(declined),
         }
         kept = [r for r in self._data["rounds"] if r["round"] != round_number]
         self._data["rounds"] = sorted([*kept, entry], key=lambda r: int(r["round"]))

@@ -10,8 +10,9 @@ updates are voided, visibly, and the next round starts from the same base.
 
 ``RULES`` holds every transition; whoever stores a phase asks ``transition`` first.
 
-``decide`` looks at an open round and says what to do now. It closes at once when every offered
-device has answered and the quorum is met; when enough devices are in and the others have been
+``decide`` looks at an open round and says what to do now. Once every offered device has answered it
+closes at once, or abandons when none was accepted; with some, but no quorum, it waits for
+newcomers until the deadline. It closes when enough devices are in and the others have been
 quiet for ``grace_s``; and at the deadline with a quorum. Without a quorum at the deadline it
 extends while the devices still at work could make one, at most ``max_extensions`` times, and
 abandons otherwise. A lost device is waited for like any other, but only until the deadline: no
@@ -189,6 +190,9 @@ def decide(view: RoundView, policy: RoundPolicy, now_s: float) -> Decision:
     quorum = accepted >= policy.min_devices
     if quorum and view.offered and not waiting:
         return Decision(Action.CLOSE, now_s, f"all {len(view.offered)} offered devices answered")
+    if view.offered and not waiting and not accepted:
+        why = f"all {len(view.offered)} offered devices answered, none was accepted"
+        return Decision(Action.ABANDON, now_s, why)
     if quorum and view.extensions:
         return Decision(Action.CLOSE, now_s, f"{accepted} accepted, in an extension")
     if now_s >= due_s:

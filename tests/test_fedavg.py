@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,6 @@ def fedavg(task: Task, base: Weights, number: int) -> tuple[dict[str, np.ndarray
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_thread")
-# torch's own optimisers load its compiler, which warns about itself on some Pythons.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_full_training_of_everybody_is_fedavg(tmp_path: Path) -> None:
     run = command(
         "reference_server", "demo", "--strategy", "full", "--codec", "fp32", "--rounds", ROUNDS,

@@ -94,6 +94,12 @@ def test_waits_for_devices_at_work_until_the_deadline() -> None:
     assert (decision.action, decision.until_s) == (Action.WAIT, 1100)
 
 
+def test_everybody_answered_and_none_was_accepted_ends_at_once() -> None:
+    decision = decide(view("", rejected="abc", declined="d"), POLICY, 1001)
+    assert decision.action is Action.ABANDON
+    assert "none was accepted" in decision.reason
+
+
 def test_everybody_answered_without_a_quorum_waits_for_newcomers_then_ends() -> None:
     answered = view("a", rejected="bc", declined="d")
     assert decide(answered, POLICY, 1001).action is Action.WAIT
