@@ -14,11 +14,11 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from edge_sdk import __version__
-from edge_sdk.codec import bits_per_param
 from edge_sdk.errors import (
     MIB,
     ConfigError,
@@ -30,14 +30,14 @@ from edge_sdk.errors import (
 )
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
+from edge_sdk.offers import plan_for
 from edge_sdk.pieces import Incoming
-from edge_sdk.plan import Limits, Plan, choose
+from edge_sdk.plan import Limits, Plan
 from edge_sdk.probe import available_memory
 from edge_sdk.process import process_cpu_s, process_peak_bytes, process_rss_bytes
 from edge_sdk.profile import DeviceProfile, budget
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
 from edge_sdk.store import BlockCache, Spool, SpoolEntry
-from edge_sdk.strategies import strategy_named
 from edge_sdk.trainer import (
     Described,
     Failed,
@@ -69,6 +69,8 @@ from edge_sdk.wire import (
 
 # Pieces asked for ahead: enough to fill a link of 100 ms and 40 Mbit/s, and a megabyte at most.
 WINDOW_PIECES = 16
+# One answer to a Want: what a server may make this device hold, whatever it asks for.
+MAX_PIECES_PER_WANT = 64
 # Each kill of the trainer lowers what its next plan may use to this share.
 LOWER_SHARE = 0.85
 MAX_KILLS = 4
@@ -284,7 +286,7 @@ class Agent:
     def _head(self, head: Head) -> None:
         if head.state == "done":
             if self._done_at_s is None:
-                self._done_at_s = time.monotonic()
+                self._done_at_s, self._incoming = time.monotonic(), None
                 self._step(Event.DONE)
         elif head.boot != self._boot:
             self._greet()
@@ -298,6 +300,8 @@ class Agent:
 
     def _offered(self, offer: Offer) -> None:
         self._hello.answered()
+        if self._described is None:
+            return  # it answers an earlier life; this one has not greeted yet
         newest = self._waiting or self._offer
         if newest is not None and (offer.round, offer.ticket) == (newest.round, newest.ticket):
             if self._phase is not Phase.IDLE:
@@ -320,11 +324,11 @@ class Agent:
             return
         self._open.restart(time.monotonic())
         total = -(-entry.size_bytes // want.piece_bytes)
-        for first, stop in want.ranges:
-            for index in range(first, min(stop, total)):
-                data = self._spool.read_piece(entry, index * want.piece_bytes, want.piece_bytes)
-                payload = encode_piece(entry.sha256, index, total, data)
-                self._link.publish(self._topics.up(self._settings.device), payload)
+        wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
+        for index in islice(wanted, MAX_PIECES_PER_WANT):
+            data = self._spool.read_piece(entry, index * want.piece_bytes, want.piece_bytes)
+            payload = encode_piece(entry.sha256, index, total, data)
+            self._link.publish(self._topics.up(self._settings.device), payload)
 
     def _receipt(self, receipt: Receipt) -> None:
         entry = self._entry
@@ -341,8 +345,7 @@ class Agent:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._offered(waiting)
-        else:
-            self._send_leftovers()
+        self._send_leftovers()
 
     def _piece(self, piece: Piece) -> None:
         incoming = self._incoming
@@ -386,10 +389,11 @@ class Agent:
         if answer.kind == "damaged":
             self._step(Event.DAMAGED)
         elif answer.kind == "memory":
-            self._lower()
+            self._kills += 1
+            if self._lower():
+                self._train()
         else:
-            self._why = answer.message
-            self._step(Event.PLAN_FAILED)
+            self._sit_out(answer.message)
 
     def _trainer_died(self, exit_code: int | None) -> None:
         self._kills += 1
@@ -402,25 +406,34 @@ class Agent:
         self._trainer.start()
         self._step(Event.KILLED)
 
-    def _lower(self) -> None:
-        self._kills += 1
+    def _lower(self) -> bool:
+        """Allow the next plan less memory; False when there is no next one."""
         self._memory_share *= LOWER_SHARE
-        if self._kills >= MAX_KILLS:
-            self._why = f"the trainer was killed {self._kills} times in this round"
-            self._step(Event.PLAN_FAILED)
-        else:
-            self._train()
+        if self._kills < MAX_KILLS:
+            return True
+        self._sit_out(f"the trainer was killed {self._kills} times in this round")
+        return False
 
     def _train_lower(self) -> None:
         """The trainer was killed while training: plan smaller once the new one is there."""
-        self._memory_share *= LOWER_SHARE
-        if self._kills >= MAX_KILLS:
-            self._why = f"the trainer was killed {self._kills} times in this round"
-            self._step(Event.PLAN_FAILED)
-        else:
-            self._train_when_described = True
+        self._train_when_described = self._lower()
+
+    def _sit_out(self, why: str) -> None:
+        self._why = why
+        self._step(Event.PLAN_FAILED)
 
     # -- effects ----------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Fetch for an offer, once it is sure that it can be carried out."""
+        assert self._offer is not None
+        self._incoming, self._train_when_described = None, False
+        try:
+            self._make_plan(self._offer)
+        except EdgeError as error:
+            self._sit_out(str(error))
+        else:
+            self._fetch()
 
     def _fetch(self) -> None:
         """Ask for the next block the cache lacks; without one, go on."""
@@ -455,8 +468,7 @@ class Agent:
         try:
             self._plan = self._make_plan(offer)
         except EdgeError as error:
-            self._why = str(error)
-            self._step(Event.PLAN_FAILED)
+            self._sit_out(str(error))
             return
         plan = self._plan
         log.info(
@@ -475,8 +487,6 @@ class Agent:
     def _make_plan(self, offer: Offer) -> Plan:
         described = self._described
         assert described is not None
-        if tuple(e.name for e in offer.blocks) != described.table.spec.names:
-            raise TaskError("the offer's blocks are not those of this device's task file")
         profile = self._settings.profile
         memory_bytes, bound_by = self._budget()
         limits = Limits(
@@ -489,15 +499,7 @@ class Agent:
             deadline_s=offer.deadline_s,
             fetch_bytes=self._fetch_bytes,
         )
-        return choose(
-            described.table,
-            strategy_named(offer.strategy).candidates(described.table.spec, offer.open_blocks),
-            offer.training,
-            limits,
-            num_examples=described.num_examples,
-            codec=offer.codec,
-            bits_per_param=bits_per_param(offer.codec),
-        )
+        return plan_for(offer, described.table, limits, described.num_examples)
 
     def _budget(self) -> tuple[int, str]:
         """Memory the trainer may use now: what is free counts together with what it already has."""
@@ -586,7 +588,7 @@ _HANDLERS: dict[type, Callable[[Agent, Any], None]] = {
 }
 
 _EFFECTS: dict[Effect, Callable[[Agent], None]] = {
-    Effect.FETCH: Agent._fetch,
+    Effect.FETCH: Agent._take_up,
     Effect.TRAIN: Agent._train,
     Effect.RETRAIN_LOWER: Agent._train_lower,
     Effect.STOP_TRAINER: lambda agent: agent._trainer.give_up(),

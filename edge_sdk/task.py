@@ -36,7 +36,7 @@ class Task:
     chains:       chain name to its block names, for models with several inputs; blocks in no chain
                   form the trunk that joins them.
     training:     optimiser, learning rate, batch size, local epochs.
-    pretrain_epochs, pretraining: how the server trains on ``public_data`` before the first round.
+    pretraining:  how the server trains on ``public_data`` before the first round; None: not at all.
     """
 
     name: str
@@ -48,8 +48,7 @@ class Task:
     blocks: Mapping[str, Sequence[str]] | None = None
     chains: Mapping[str, Sequence[str]] | None = None
     training: Training = field(default_factory=Training)
-    pretrain_epochs: int = 0
-    pretraining: Training = field(default_factory=Training)
+    pretraining: Training | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or re.match(DEVICE_ID, self.name) is None:
@@ -59,7 +58,9 @@ class Task:
         for attribute in ("build_model", "loss", "train_data"):
             if not callable(getattr(self, attribute)):
                 raise TaskError(f"Task({attribute}=...) of {self.name!r} is not callable")
-        if not isinstance(self.training, Training) or not isinstance(self.pretraining, Training):
+        if not isinstance(self.training, Training) or not isinstance(
+            self.pretraining, Training | None
+        ):
             raise TaskError(f"Task {self.name!r}: training and pretraining must be Training(...)")
 
 

@@ -64,6 +64,12 @@ class ExternalBroker:
     version: str = "unknown"
     pid: int | None = None
 
+    def check(self) -> None:
+        """Fail now, not after minutes of trying, when it is not there or refuses us."""
+        from edge_sdk.mqtt import connect_once  # the embedded broker's process has no use for it
+
+        connect_once(self.url)
+
     def start(self) -> None:
         """Nothing to start."""
 
@@ -116,9 +122,15 @@ class BrokerProcess:
         """Process id, None when it was not started."""
         return self._child.pid if self._child else None
 
+    def check(self) -> None:
+        """Fail now where ``start`` would, without starting anything."""
+        _refuse_port_in_use(self.bind, self.port)
+        if self.kind == "mosquitto":
+            self._access_lines()
+
     def start(self) -> None:
         """Start it and wait until it takes connections; BrokerSetupError with the reason."""
-        _refuse_port_in_use(self.bind, self.port)
+        self.check()
         self._state_dir.mkdir(parents=True, exist_ok=True)
         log = self._state_dir / "broker.log"
         with log.open("wb") as log_file:
@@ -186,7 +198,7 @@ class BrokerProcess:
             stdout=log_fd,
             stderr=log_fd,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
 
     def _mosquitto_config(self) -> str:
@@ -288,8 +300,8 @@ def _version(kind: Kind, executable: str) -> str:
     return match.group(1) if match else "unknown"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes mosquitto; None where the kernel cannot do it."""
+def die_with_parent() -> Callable[[], None] | None:
+    """What a child does before its program starts; None where the kernel cannot do it."""
     if sys.platform != "linux":
         return None
     libc, parent = ctypes.CDLL(None), os.getpid()

@@ -14,12 +14,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError, TaskError
+from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
@@ -122,16 +123,18 @@ class Coordinator:
         self._why = ""
         self._abandoned = 0
         self._dropped = 0
-        self._manifest = self._first_version()
-        self._report = RunReport(
-            settings.state_dir / "report.json",
-            {
-                "strategy": settings.strategy,
-                "task": self._evaluator.task.name,
-                "seed": settings.seed,
-            },
-            spec,
-        )
+        self._waiting = False
+        self._manifest: Manifest
+        name = self._evaluator.task.name
+        facts = {"strategy": settings.strategy, "task": name, "seed": settings.seed}
+        self._report = RunReport(settings.state_dir / "report.json", facts, spec)
+
+    def finished_before(self) -> dict[str, Any] | None:
+        """The report of a job that an earlier start has finished; None: there is work to do."""
+        latest = self._ledger.latest_version(self._settings.job)
+        if latest is None or latest.version < self._settings.rounds:
+            return None
+        return self._report.complete(latest.sha)
 
     def run(self) -> dict[str, Any]:
         """Run the job to its last round; returns the report."""
@@ -139,6 +142,7 @@ class Coordinator:
         self._link.subscribe(self._topics.all_presence)
         self._link.start()
         try:
+            self._manifest = self._first_version()
             self._resume()
             while not self._finished():
                 self._handle(self._next())
@@ -147,8 +151,12 @@ class Coordinator:
                 self._repeat()
             return self._finish()
         finally:
-            self._link.close()
-            self._ledger.close()
+            self.close()
+
+    def close(self) -> None:
+        """Leave the broker and the state directory; may be called twice."""
+        self._link.close()
+        self._ledger.close()
 
     # -- start ------------------------------------------------------------------------------
 
@@ -195,15 +203,8 @@ class Coordinator:
         self._ledger.record_base(job, manifest.model_sha256)
         measured = self._evaluator.measure(self._versions, manifest)
         accuracy = None if measured is None else measured[1]
-        self._say(
-            {
-                "event": "base",
-                "samples": samples,
-                "steps": steps,
-                "loss": loss,
-                "accuracy": accuracy,
-            }
-        )
+        event = {"event": "base", "samples": samples, "steps": steps}
+        self._say({**event, "loss": loss, "accuracy": accuracy})
         return manifest
 
     def _resume(self) -> None:
@@ -322,16 +323,18 @@ class Coordinator:
         if entry is None:
             raise MalformedMessage(f"{device} wants {want.sha256}, no block of the latest version")
         total = -(-entry.size_bytes // want.piece_bytes)
-        wanted = [index for first, stop in want.ranges for index in range(first, min(stop, total))]
-        for index in wanted[:MAX_PIECES_PER_WANT]:
+        wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
+        for index in islice(wanted, MAX_PIECES_PER_WANT):
             start, stop = piece_range(index, entry.size_bytes, want.piece_bytes)
             data = self._versions.read_piece(want.sha256, start, stop - start)
             payload = encode_piece(want.sha256, index, total, data)
             self._link.publish(self._topics.down(device), payload)
 
     def _open(self, device: str, message: Open, now_s: float) -> None:
-        self._report.opened(message.round, device)
-        self._answer(device, self._ingest.open(device, message, now_s), now_s)
+        answer = self._ingest.open(device, message, now_s)
+        if not isinstance(answer, Receipt):
+            self._report.opened(message.round, device)
+        self._answer(device, answer, now_s)
 
     def _piece(self, device: str, piece: Piece, now_s: float) -> None:
         self._answer(device, self._ingest.piece(device, piece, now_s), now_s)
@@ -342,15 +345,9 @@ class Coordinator:
         self._to(device, answer)
         if isinstance(answer, Receipt):
             self._known_answers, self._last_answer_s = None, now_s
-            self._say(
-                {
-                    "event": "update",
-                    "device": device,
-                    "round": answer.round,
-                    "verdict": answer.verdict,
-                    "reason": answer.reason,
-                }
-            )
+            self._report.answered(answer.round, device)
+            event = {"event": "update", "device": device, "round": answer.round}
+            self._say({**event, "verdict": answer.verdict, "reason": answer.reason})
 
     def _declined(self, device: str, message: Decline, now_s: float) -> None:
         if self._row is None or message.round != self._row.round:
@@ -361,7 +358,8 @@ class Coordinator:
             self._say({"event": "decline", "device": device, "reason": message.reason})
 
     def _tallied(self, device: str, message: Tally, _now_s: float) -> None:
-        self._report.tally(device, message)
+        if self._ledger.verdict_of(self._settings.job, message.round, device) is not None:
+            self._report.tally(device, message)
 
     # -- rounds -----------------------------------------------------------------------------
 
@@ -420,7 +418,11 @@ class Coordinator:
         number = self._row.round if self._row is not None else -1
         ready = self._fleet.eligible(number, now_s)
         if len(ready) < self._devices_needed(now_s):
+            if not self._waiting:
+                self._waiting = True
+                self._say({"event": "waiting", "needed": self._devices_needed(now_s)})
             return
+        self._waiting = False
         if self._row is None:
             self._row = self._ledger.plan_round(
                 job, base_version=manifest.version, base_sha=manifest.model_sha256
@@ -545,7 +547,10 @@ class Coordinator:
     def _finish(self) -> dict[str, Any]:
         """Wait for the last tallies, export, tell the devices, complete the report."""
         until_s = time.monotonic() + TALLY_WAIT_S
-        while self._report.missing_tallies() and time.monotonic() < until_s:
+        # A server that was killed here, and started again, has yet to reach its broker.
+        while time.monotonic() < until_s and (
+            self._report.missing_tallies() or not self._link.connected
+        ):
             try:
                 self._handle(self._inbox.get(timeout=max(0.0, until_s - time.monotonic())))
             except queue.Empty:
@@ -572,18 +577,13 @@ class Coordinator:
 
     def _export(self) -> dict[str, str]:
         # Only here, because ONNX Runtime is not needed before.
-        from reference_server.export import export_onnx, export_safetensors
+        from reference_server.export import export_all
 
-        directory = self._settings.state_dir
-        arguments = (self._evaluator, self._versions, self._manifest)
-        files = {
-            "safetensors": str(export_safetensors(*arguments, directory / "model.safetensors"))
-        }
-        if self._evaluator.task.test_data is not None:
-            try:
-                files["onnx"] = str(export_onnx(*arguments, directory / "model.onnx"))
-            except TaskError as error:  # the model is safe; this must not cost the run its report
-                self._say({"event": "not_exported", "reason": str(error)})
+        files, fault = export_all(
+            self._evaluator, self._versions, self._manifest, self._settings.state_dir
+        )
+        if fault:  # the model is safe; this must not cost the run its report
+            self._say({"event": "not_exported", "reason": fault})
         return files
 
 

@@ -22,12 +22,14 @@ import msgspec
 from edge_sdk.errors import ConfigError
 from edge_sdk.process import process_age_s
 from edge_sdk.profile import load_profile
-from edge_sdk.store import make_directory
+from edge_sdk.store import DirectoryLock, make_directory, write_atomically
 from reference_server import broker as brokers
+from reference_server.broker import die_with_parent
 from reference_server.fleet_sim import Nursery, SimulatedFleet
 from reference_server.screen import Screen, summary
 
 LOOK_S = 0.1
+LAST_WORDS_S = 2.0
 MAX_SERVER_RESTARTS = 20
 # Chosen so that these boards' own rates and memory lead to different depths.
 DEMO_ROUND_S = 5.0
@@ -54,7 +56,6 @@ class DemoSettings:
     deadline_s: float
     seed: int = 0
     broker: str = "auto"
-    json_path: Path | None = None
 
 
 def shipped_task() -> Path:
@@ -70,9 +71,15 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     for profile in settings.profiles:
         load_profile(profile)
     settings = replace(settings, state_dir=make_directory(settings.state_dir.absolute()))
-    broker = brokers.choose(settings.broker, settings.state_dir / "broker")
-    with Screen(settings.rounds) as screen:
-        return _Demo(settings, broker, screen).run()
+    # Two fleets in one directory would take each other's sockets and devices away.
+    lock = DirectoryLock(settings.state_dir)
+    try:
+        broker = brokers.choose(settings.broker, settings.state_dir / "broker")
+        broker.check()
+        with Screen(settings.rounds) as screen:
+            return _Demo(settings, broker, screen).run()
+    finally:
+        lock.release()
 
 
 class _Demo:
@@ -91,19 +98,22 @@ class _Demo:
             nursery=self._nursery.socket,
         )
         self._server_starts = 0
+        self._listener: threading.Thread | None = None
         self._first_round_s: float | None = None
         self._report: dict[str, Any] | None = None
+        self._finished = _is_finished(settings)
 
     def run(self) -> dict[str, Any]:
         """Start everything, look after it until the server is done, end it."""
-        self._screen.line(self._broker.describe())
         # Loading torch takes longest, so the two processes that do it start first; they find the
         # broker when it is there.
         server = self._start_server()
         try:
-            self._nursery.start()
-            self._broker.start()
-            self._fleet.start()
+            if not self._finished:
+                self._screen.line(self._broker.describe())
+                self._nursery.start()
+                self._broker.start()
+                self._fleet.start()
             while self._report is None:
                 server = self._look_after(server)
                 self._show_news()
@@ -111,6 +121,7 @@ class _Demo:
         finally:
             server.kill()
             server.wait()
+            self._hear_out()
             self._fleet.stop()
             self._nursery.stop()
             self._broker.stop()
@@ -118,28 +129,46 @@ class _Demo:
 
     def _show_news(self) -> None:
         for event in _drain(self._events):
-            if event["event"] == "done":
+            what = event.get("event")
+            if what == "done":
                 self._report = event["report"]
             else:
                 self._screen.show(event)
-            if event["event"] == "published" and self._first_round_s is None:
+            if what == "published" and self._first_round_s is None:
                 self._first_round_s = process_age_s()
 
     def _look_after(self, server: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        code = server.poll()
+        if code is not None and code > 0:
+            self._show_news()
+            raise SystemExit(code)  # it has said why on its own stderr
+        if not self._finished:
+            self._look_after_fleet()
+        if code is None or code == 0:
+            return server
+        if self._server_starts > MAX_SERVER_RESTARTS:
+            raise ConfigError(
+                f"the server died {self._server_starts} times, the last time with exit code "
+                f"{code}; look for what kills it, such as too little memory"
+            )
+        self._screen.line(f"the server died (exit code {code}), starting it again")
+        return self._start_server()
+
+    def _look_after_fleet(self) -> None:
         if self._broker.ensure_running():
             self._screen.line("the broker died and was started again")
         self._nursery.ensure_running()
-        for line in self._fleet.look_after():
+        news = self._fleet.look_after()
+        for line in news:
             self._screen.line(line)
-        if self._fleet.all_gave_up():
-            raise ConfigError(f"every device gave up; see {self._settings.state_dir / 'devices'}")
-        code = server.poll()
-        if code is None or code == 0:
-            return server
-        if code > 0 or self._server_starts > MAX_SERVER_RESTARTS:
-            raise SystemExit(code)  # it has said why on its own stderr
-        self._screen.line(f"the server died (exit code {code}), starting it again")
-        return self._start_server()
+        given_up = self._fleet.given_up()
+        # A job that began goes on with fewer; one that waits for its whole fleet would for ever.
+        if given_up and (self._first_round_s is None or len(given_up) == len(self._fleet.devices)):
+            logs = self._settings.state_dir / "devices" / given_up[0] / "log.txt"
+            raise ConfigError(
+                f"{len(given_up)} of {len(self._fleet.devices)} devices cannot take part "
+                f"({', '.join(given_up)}); see {logs}"
+            )
 
     def _start_server(self) -> subprocess.Popen[bytes]:
         mine = self._settings
@@ -152,14 +181,29 @@ class _Demo:
             *("--devices", str(len(mine.profiles)), "--round-s", str(mine.round_s)),
             *("--deadline-s", str(mine.deadline_s)),
         ]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, preexec_fn=die_with_parent(),
+        )  # fmt: skip
         threading.Thread(target=_read, args=(server, self._events), daemon=True).start()
+        self._listener = threading.Thread(target=_repeat_errors, args=(server,), daemon=True)
+        self._listener.start()
         return server
 
+    def _hear_out(self) -> None:
+        """Wait until the last words of a server that ended are on the screen."""
+        if self._listener is not None:
+            self._listener.join(LAST_WORDS_S)
+
     def _finish(self, report: dict[str, Any]) -> dict[str, Any]:
-        report["broker"] = {"kind": self._broker.kind, "version": self._broker.version}
-        report["first_round_s"] = self._first_round_s
-        report["wall_s"] = process_age_s()
+        kept = _kept_report(self._settings)
+        if self._finished and kept is not None:
+            report = kept
+        else:
+            report["broker"] = {"kind": self._broker.kind, "version": self._broker.version}
+            report["first_round_s"] = self._first_round_s
+            report["wall_s"] = process_age_s()
+            write_atomically(_report_path(self._settings), msgspec.json.encode(report), mode=0o644)
         for line in summary(report):
             self._screen.line(line)
         self._screen.line(
@@ -174,9 +218,45 @@ def _read(server: subprocess.Popen[bytes], events: queue.SimpleQueue[Any]) -> No
     assert server.stdout is not None
     for line in server.stdout:
         try:
-            events.put(msgspec.json.decode(line))
-        except msgspec.DecodeError:
-            sys.stderr.buffer.write(line)
+            events.put(msgspec.json.decode(line, type=dict[str, Any]))
+        except msgspec.MsgspecError:  # a library that prints past Python
+            sys.stderr.write(line.decode(errors="replace"))
+
+
+def _repeat_errors(server: subprocess.Popen[bytes]) -> None:
+    """Listener thread: what the server says appears above the live table, not in it."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        sys.stderr.write(line.decode(errors="replace"))
+        sys.stderr.flush()
+
+
+def _report_path(settings: DemoSettings) -> Path:
+    return settings.state_dir / "report.json"
+
+
+def _kept_report(settings: DemoSettings) -> dict[str, Any] | None:
+    """The report of a job that an earlier start has finished, if it can be read."""
+    try:
+        return msgspec.json.decode(_report_path(settings).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _is_finished(settings: DemoSettings) -> bool:
+    """Whether an earlier start has done what is asked for, so that no device is needed."""
+    kept, home = _kept_report(settings), settings.state_dir / "server"
+    if kept is None or not any(home.glob("ledger.*")):
+        return False
+    from reference_server.ledger import Ledger  # costs a new demo time that it does not have
+
+    with Ledger.open(home, exclusive=False) as ledger:
+        latest = ledger.latest_version(settings.job)
+    return (
+        latest is not None
+        and latest.version >= settings.rounds
+        and latest.sha == kept.get("model_sha256")
+    )
 
 
 def _drain(events: queue.SimpleQueue[Any]) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import torch
 
 from edge_sdk.blocks import ModelSpec
-from edge_sdk.errors import TaskError
+from edge_sdk.errors import EdgeError, TaskError
 from edge_sdk.model import Arrays, BlockModel
 from edge_sdk.task import load_task
 from edge_sdk.train import Samples, evaluate, train
@@ -40,16 +40,14 @@ class Evaluator:
 
         ``progress()`` is called before every step.
         """
-        public = self._samples("public_data")
-        if public is None or self.task.pretrain_epochs < 1:
+        public, how = self._samples("public_data"), self.task.pretraining
+        if public is None or how is None:
             return 0, 0.0
-        how = self.task.pretraining
-        epochs = self.task.pretrain_epochs
         loss, _ = train(
             self.model,
             public,
             self.spec.names,
-            msgspec.structs.replace(how, local_epochs=epochs),
+            how,
             micro_batch=how.batch_size,
             order_seed=self.seed,
             pause=progress,
@@ -64,7 +62,10 @@ class Evaluator:
     def measure(self, versions: VersionStore, manifest: Manifest) -> tuple[float, float] | None:
         """Loss and accuracy of a version on the held-out data; None when the task has none."""
         self.load(versions, manifest)
-        return None if self._test is None else evaluate(self.model, self._test)
+        if self._test is None:
+            return None
+        with self._blaming("the model or the loss", "on test_data"):
+            return evaluate(self.model, self._test)
 
     def load(self, versions: VersionStore, manifest: Manifest) -> None:
         """Bring the model in memory to a version; only blocks that differ are read."""
@@ -84,4 +85,21 @@ class Evaluator:
 
     def _samples(self, what: str) -> Samples | None:
         give = getattr(self.task, what)
-        return None if give is None else Samples(give(), f"task {self.task.name!r}: {what}()")
+        if give is None:
+            return None
+        with self._blaming(f"{what}()"):
+            return Samples(give(), f"task {self.task.name!r}: {what}()")
+
+    @contextmanager
+    def _blaming(self, *words: str) -> Iterator[None]:
+        """What the user's own code raises becomes a TaskError that says where."""
+        what, where = (*words, "")[:2]
+        try:
+            yield
+        except EdgeError:
+            raise
+        except Exception as error:
+            place = f" {where}" if where else ""
+            raise TaskError(
+                f"task {self.task.name!r}: {what} failed{place}: {type(error).__name__}: {error}"
+            ) from error

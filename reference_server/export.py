@@ -36,6 +36,19 @@ def export_safetensors(
     return path
 
 
+def export_all(
+    evaluator: Evaluator, versions: VersionStore, manifest: Manifest, directory: Path
+) -> tuple[dict[str, str], str]:
+    """Write both kinds of file; their paths by kind, and why there is no ONNX file if so."""
+    what = (evaluator, versions, manifest)
+    files = {"safetensors": str(export_safetensors(*what, directory / "model.safetensors"))}
+    try:
+        files["onnx"] = str(export_onnx(*what, directory / "model.onnx"))
+    except TaskError as error:
+        return files, str(error)
+    return files, ""
+
+
 class _ByName(torch.nn.Module):
     """A module that takes its inputs by keyword, for an exporter that gives them by place."""
 

@@ -20,7 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from edge_sdk.errors import StateError
+from edge_sdk.profile import load_profile
+from edge_sdk.store import make_directory
 from edge_sdk.trainer import MALLOC, serve
+from reference_server.broker import die_with_parent
 
 # Simulated devices give way to the server and the broker, with whom real ones share no processor.
 GIVE_WAY = ("nice", "-n", "5")
@@ -28,6 +31,7 @@ GIVE_WAY = ("nice", "-n", "5")
 RESTART_WAIT_S = 0.5
 MAX_RESTART_WAIT_S = 10.0
 MAX_RESTARTS = 20
+STOP_LIMIT_S = 4.0
 
 
 class Nursery:
@@ -35,6 +39,7 @@ class Nursery:
 
     def __init__(self, directory: Path) -> None:
         self.socket = str(directory / "nursery.sock")
+        self._log = directory / "nursery.log"
         if len(self.socket.encode()) > 100:
             raise StateError(f"{self.socket}: too long for a Unix socket; use a shorter --state")
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,12 +50,14 @@ class Nursery:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.socket)
         listener.listen(64)
-        self._process = subprocess.Popen(
-            [*GIVE_WAY, sys.executable, "-m", "reference_server.fleet_sim", str(listener.fileno())],
-            stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()],
-            env={**os.environ, **MALLOC},
-        )
+        number = str(listener.fileno())
+        # What task files print while they train must not end up in the table on the screen.
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*GIVE_WAY, sys.executable, "-m", "reference_server.fleet_sim", number],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()],
+                env={**os.environ, **MALLOC}, start_new_session=True,
+            )  # fmt: skip
         listener.close()
 
     def ensure_running(self) -> None:
@@ -81,9 +88,11 @@ class SimulatedDevice:
         """Start the agent; what it prints goes to its log."""
         self.starts += 1
         with self.log.open("ab") as log:
+            # Ctrl-C is for whoever supervises it, and then ends it in good order.
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=die_with_parent(),
+            )  # fmt: skip
 
     def look_after(self, now_s: float) -> str | None:
         """Restart it when it died; a sentence about that, or None."""
@@ -102,12 +111,21 @@ class SimulatedDevice:
             return f"{self.device} gave up (exit code {code}): {self._last_words()}"
         return f"{self.device} died (exit code {code}), starting it again"
 
-    def stop(self) -> None:
-        """End the agent."""
+    @property
+    def gave_up(self) -> bool:
+        """Whether it will not be started again."""
+        return self.process is None and self.starts > MAX_RESTARTS
+
+    def ask_to_stop(self) -> None:
+        """Let the agent end itself."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
+
+    def stop(self, until_s: float) -> None:
+        """See the agent end, by itself until then."""
+        if self.process is not None:
             try:
-                self.process.wait(timeout=3)
+                self.process.wait(timeout=max(0.0, until_s - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -133,7 +151,7 @@ class SimulatedFleet:
         """Start every device."""
         for part, (device, profile) in enumerate(zip(self.names(), self.profiles, strict=True)):
             home = self.directory / device
-            home.mkdir(parents=True, exist_ok=True)
+            make_directory(home)
             self.devices.append(
                 SimulatedDevice(
                     device, self._command(device, profile, part, home), home / "log.txt"
@@ -148,23 +166,26 @@ class SimulatedFleet:
         news = [simulated.look_after(now_s) for simulated in self.devices]
         return [line for line in news if line is not None]
 
-    def all_gave_up(self) -> bool:
-        """Whether no device will be started again."""
-        return all(d.process is None and d.starts > MAX_RESTARTS for d in self.devices)
+    def given_up(self) -> list[str]:
+        """Devices that will not be started again."""
+        return [simulated.device for simulated in self.devices if simulated.gave_up]
 
     def stop(self) -> None:
         """End every device."""
         for simulated in self.devices:
-            simulated.stop()
+            simulated.ask_to_stop()
+        until_s = time.monotonic() + STOP_LIMIT_S
+        for simulated in self.devices:
+            simulated.stop(until_s)
 
     def names(self) -> list[str]:
         """Device ids: the profile's name, numbered where a profile occurs more than once."""
-        names = []
-        for place, profile in enumerate(self.profiles):
-            stem = Path(profile).stem[:56]
-            count = [Path(p).stem for p in self.profiles[: place + 1]].count(Path(profile).stem)
-            names.append(stem if count == 1 else f"{stem}-{count}")
-        return names
+        boards = [load_profile(profile).name[:56] for profile in self.profiles]
+        counts = [boards[: place + 1].count(board) for place, board in enumerate(boards)]
+        return [
+            board if count == 1 else f"{board}-{count}"
+            for board, count in zip(boards, counts, strict=True)
+        ]
 
     def _command(self, device: str, profile: str, part: int, home: Path) -> list[str]:
         return [

@@ -52,12 +52,18 @@ class RunReport:
         }
         self._tallies: dict[str, dict[str, Any]] = {}
         self._made: set[tuple[int, str]] = set()
+        self._answered: set[tuple[int, str]] = set()
+        self._kept: dict[str, Any] = {}
         if path.is_file():
             self._continue(path)
 
     def opened(self, round_number: int, device: str) -> None:
-        """A device announced an update."""
+        """A device announced an update, and was not told its verdict at once."""
         self._made.add((round_number, device))
+
+    def answered(self, round_number: int, device: str) -> None:
+        """A device was told the verdict on its update, be it that it came too late."""
+        self._answered |= {(round_number, device)} & self._made
 
     def tally(self, device: str, tally: Tally) -> None:
         """A device said what a round cost it; repeats replace."""
@@ -127,15 +133,27 @@ class RunReport:
             "cpu_s_device": sum(t["cpu_s"] for t in self._tallies.values()),
             "updates_made": len(self._made | judged),
             "updates_counted": counted,
-            "updates_lost": len(self._made - judged),
+            "updates_lost": len(self._made - self._answered - judged),
             **totals,
         }
         return self._data
 
     def save(self) -> None:
         """Keep everything on disk."""
-        kept = {"data": self._data, "tallies": self._tallies, "made": sorted(self._made)}
+        kept = {
+            "data": self._data,
+            "tallies": self._tallies,
+            "made": sorted(self._made),
+            "answered": sorted(self._answered),
+        }
         write_atomically(self._path, msgspec.json.encode(kept))
+
+    def complete(self, model_sha256: str) -> dict[str, Any] | None:
+        """The document as an earlier start finished it, if it is about this model."""
+        kept = self._kept
+        if kept.get("model_sha256") != model_sha256 or not kept.get("totals"):
+            return None
+        return kept if all(Path(path).is_file() for path in dict(kept.get("files") or {}).values()) else None
 
     def _rows(self, round_number: int) -> list[dict[str, Any]]:
         return next((e["devices"] for e in self._data["rounds"] if e["round"] == round_number), [])
@@ -143,9 +161,11 @@ class RunReport:
     def _continue(self, path: Path) -> None:
         try:
             kept = msgspec.json.decode(path.read_bytes())
+            self._kept = dict(kept["data"])
             self._data["rounds"] = list(kept["data"]["rounds"])
             self._tallies = dict(kept["tallies"])
             self._made = {(int(number), str(device)) for number, device in kept["made"]}
+            self._answered = {(int(number), str(device)) for number, device in kept["answered"]}
         except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
             raise StateError(
                 f"{path}: cannot be read as a run's report: {error}; delete it"

@@ -1,9 +1,10 @@
-"""Real fleets for the end-to-end tests: a task that trains in moments, and the processes of a run."""
+"""Real fleets for end-to-end tests: a task that trains in moments, and the processes of a run."""
 
 from __future__ import annotations
 
 import json
 import queue
+import socket
 import subprocess
 import sys
 import time
@@ -152,14 +153,14 @@ class Simulation(Running):
 
 
 class Watcher:
-    """Reads along what is said in a job."""
+    """Reads along what is said in a job, on the given one of its topics or on all of them."""
 
-    def __init__(self, url: str, job: str, client_id: str = "watcher") -> None:
+    def __init__(self, url: str, job: str, side: str = "+") -> None:
         self.inbox: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         self.topics = Topics(job)
-        self.link = Link(url, client_id, self.inbox)
-        for topic in (self.topics.root + "/d/+", self.topics.all_up):
-            self.link.subscribe(topic)
+        self.link = Link(url, f"watcher-{side}", self.inbox)
+        self.link.subscribe(f"{self.topics.root}/{side}/+")
+        self.link.subscribe(self.topics.head)
 
     def __enter__(self) -> Watcher:
         self.link.start()
@@ -173,18 +174,25 @@ class Watcher:
     def wait_for(
         self, wanted: Callable[[str, Message | Piece], bool], timeout_s: float = START_S
     ) -> tuple[str, Any]:
-        """Device and message of the next one that is wanted; queue.Empty when none comes."""
+        """Device (none: the head) and message of the next that is wanted; queue.Empty if none."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             event = self.inbox.get(timeout=max(0.0, deadline_s - time.monotonic()))
             if isinstance(event, Arrived):
-                device = self.topics.device_of(event.topic)
+                device = event.topic.rpartition("/")[2] if event.topic != self.topics.head else ""
                 try:
                     message = decode(event.payload)
                 except MalformedMessage:
                     continue
                 if wanted(device, message):
                     return device, message
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def command_line(process: psutil.Process) -> list[str]:

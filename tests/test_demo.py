@@ -1,4 +1,4 @@
-"""The first run a user makes, and the same with devices started by hand: real processes, no mocks."""
+"""The first run a user makes, and the same with devices started by hand."""
 
 from __future__ import annotations
 
@@ -14,25 +14,34 @@ import safetensors.numpy
 
 from edge_sdk.infer import OnnxModel
 from reference_server.broker import find_mosquitto
-from tests.simulation import BOARDS, ROUND_S, Running, Simulation, command, write_task
+from tests.simulation import (
+    BOARDS,
+    ROUND_S,
+    Running,
+    Simulation,
+    command,
+    free_port,
+    write_task,
+)
 
 ROUNDS, DEVICES = 8, 4
 # Greetings, receipts, acknowledgements and pings of one device in one round.
 SMALL_TALK_BYTES = 6000
 
-TOP = set(
-    "schema strategy task seed wall_s first_round_s broker model rounds totals model_sha256 "
-    "files".split()
-)
-ROUND = set("round accuracy loss wall_s coverage devices".split())
-DEVICE = set(
-    "id profile blocks plan_peak_bytes measured_peak_bytes budget_bytes up_bytes down_bytes "
-    "up_payload_bytes train_s flops num_examples verdict".split()
-)
-TOTALS = set(
-    "up_bytes down_bytes flops peak_rss_agent_bytes peak_rss_trainer_bytes peak_rss_server_bytes "
-    "cpu_s_device cpu_s_server updates_made updates_counted updates_lost updates_double".split()
-)
+TOP = (
+    "schema", "strategy", "task", "seed", "wall_s", "first_round_s", "broker", "model", "rounds",
+    "totals", "model_sha256", "files",
+)  # fmt: skip
+ROUND = ("round", "accuracy", "loss", "wall_s", "coverage", "devices")
+DEVICE = (
+    "id", "profile", "blocks", "plan_peak_bytes", "measured_peak_bytes", "budget_bytes", "up_bytes",
+    "down_bytes", "up_payload_bytes", "train_s", "flops", "num_examples", "verdict",
+)  # fmt: skip
+TOTALS = (
+    "up_bytes", "down_bytes", "flops", "peak_rss_agent_bytes", "peak_rss_trainer_bytes",
+    "peak_rss_server_bytes", "cpu_s_device", "cpu_s_server", "updates_made", "updates_counted",
+    "updates_lost", "updates_double",
+)  # fmt: skip
 
 Report = dict[str, Any]
 
@@ -54,7 +63,7 @@ def rows(report: Report) -> list[Report]:
 @pytest.mark.timeout(300)
 def test_the_report_has_every_key(demo: tuple[Report, str]) -> None:
     report, _ = demo
-    assert report.keys() == TOP
+    assert report.keys() >= set(TOP)
     assert (report["schema"], report["strategy"], report["seed"]) == (1, "last_blocks", 0)
     assert report["broker"]["kind"] == ("mosquitto" if find_mosquitto() else "amqtt")
     assert re.match(r"\d+\.\d+", report["broker"]["version"])
@@ -62,14 +71,14 @@ def test_the_report_has_every_key(demo: tuple[Report, str]) -> None:
     blocks = report["model"]["blocks"]
     assert report["model"]["params"] == sum(block["params"] for block in blocks)
     assert report["model"]["bytes_fp32"] == 4 * report["model"]["params"]
-    assert report["totals"].keys() >= TOTALS
+    assert report["totals"].keys() >= set(TOTALS)
     assert [entry["round"] for entry in report["rounds"]] == list(range(1, ROUNDS + 1))
     for entry in report["rounds"]:
-        assert entry.keys() == ROUND
+        assert entry.keys() >= set(ROUND)
         assert len(entry["devices"]) == DEVICES
         assert entry["coverage"].keys() == {block["name"] for block in blocks}
     for row in rows(report):
-        assert row.keys() >= DEVICE
+        assert row.keys() >= set(DEVICE)
         assert None not in row.values(), row
     assert 0 < report["first_round_s"] < report["wall_s"]
 
@@ -150,7 +159,7 @@ def test_devices_started_by_hand_make_the_simulated_model(tmp_path: Path) -> Non
 def by_hand(task: Path, home: Path) -> Report:
     """The README's way to real devices, on one machine: a server, then a command per device."""
     home.mkdir()
-    port = 27000 + Path(home).stat().st_ino % 1000
+    port = free_port()
     server = command(
         "reference_server", "run", "--task", task, "--job", "tiny", "--devices", len(BOARDS),
         "--port", port, "--codec", "fp32", "--rounds", 2, "--seed", 3, "--state", home / "server",

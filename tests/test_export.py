@@ -50,8 +50,9 @@ def build():
 PLAIN = NET + "def task():\n    return task_of(build)\n"
 PRETRAINED = NET + (
     "def task():\n"
-    "    return task_of(build, public_data=lambda: data(200, 7), pretrain_epochs=8,\n"
-    "                   pretraining=Training(optimizer='adam', learning_rate=0.01))\n"
+    "    return task_of(build, public_data=lambda: data(200, 7),\n"
+    "                   pretraining=Training(optimizer='adam', learning_rate=0.01,\n"
+    "                                        local_epochs=8))\n"
 )
 UNTESTED = NET + "def task():\n    return task_of(build, test_data=None)\n"
 
@@ -159,8 +160,10 @@ def test_pretraining_learns_and_is_measured(tmp_path: Path) -> None:
     assert bench.evaluator.measure(bench.versions, first) == before
 
 
-@pytest.mark.parametrize("text", [PLAIN, UNTESTED, PRETRAINED.replace("epochs=8", "epochs=0")])
-def test_without_public_data_or_epochs_nothing_is_pretrained(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", [PLAIN, UNTESTED, PRETRAINED.replace("lambda: data(200, 7)", "None")]
+)
+def test_without_public_data_or_a_way_nothing_is_pretrained(tmp_path: Path, text: str) -> None:
     bench = Bench(tmp_path, text)
     before = bench.publish()
     assert bench.evaluator.pretrain(lambda: None) == (0, 0.0)

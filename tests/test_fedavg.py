@@ -1,4 +1,4 @@
-"""Full training of everybody is FedAvg: each published version against thirty lines of plain torch."""
+"""Full training of everybody is FedAvg: published versions against a few lines of plain torch."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ ROOMS = {
     "edge_sdk/merge.py": Room(3),
     "edge_sdk/plan.py": Room(3),
     "edge_sdk/session.py": Room(4),
+    "edge_sdk/offers.py": Room(4, beside=("edge_sdk/strategies/__init__.py",)),
     "edge_sdk/strategies/last_blocks.py": Room(4),
     "edge_sdk/strategies/__init__.py": Room(
         4,

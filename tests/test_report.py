@@ -59,7 +59,7 @@ def close(
     report: RunReport, number: int, *rows: dict[str, Any], measured: Any = (0.5, 0.9)
 ) -> dict[str, Any]:
     return report.closed(
-        number, measured=measured, wall_s=2.0, coverage=COVERAGE, devices=list(rows)
+        number, measured=measured, wall_s=2.0, coverage=COVERAGE, devices=list(rows), declined={}
     )
 
 
@@ -89,7 +89,7 @@ def test_a_run_has_the_documented_keys(tmp_path: Path) -> None:
         "blocks": [{"name": "body", "params": 30}, {"name": "head", "params": 12}],
     }
     assert document["rounds"] == [entry]
-    assert set(entry) == {"round", "accuracy", "loss", "wall_s", "coverage", "devices"}
+    assert set(entry) == {"round", "accuracy", "loss", "wall_s", "coverage", "devices", "declined"}
     assert (entry["accuracy"], entry["loss"], entry["coverage"]) == (0.9, 0.5, COVERAGE)
     assert set(entry["devices"][0]) >= {
         *("id", "profile", "blocks", "plan_peak_bytes", "measured_peak_bytes", "budget_bytes"),
