@@ -296,6 +296,9 @@ class Agent:
         self._hello.answered()
 
     def _refused(self, message: Refusal) -> None:
+        if self._hello.due_s is None:  # we are welcome; it was about some other message
+            log.warning("the server could not use a message: %s", message.reason)
+            return
         raise Refused(f"the server refuses this device: {message.reason}")
 
     def _offered(self, offer: Offer) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edge_sdk.cost import CostTable
-from edge_sdk.errors import ConfigError, DamagedBlock, EdgeError, ProtocolMisuse
+from edge_sdk.errors import ConfigError, DamagedBlock, EdgeError, ProtocolMisuse, TaskError
 from edge_sdk.plan import Plan
 from edge_sdk.store import BlockCache, Spool
 from edge_sdk.wire import Offer, UpdateMetrics
@@ -278,8 +278,12 @@ class _Worker:
         torch.set_num_threads(setup.threads)
         task = load_task(Path(setup.task_path))
         torch.manual_seed(0)
-        data = task.train_data(setup.part, setup.parts)
-        self.samples: Samples = Samples(data, f"task {task.name!r}: train_data()")
+        where = f"task {task.name!r}: train_data({setup.part}, {setup.parts})"
+        try:
+            data = task.train_data(setup.part, setup.parts)
+        except Exception as error:
+            raise TaskError(f"{where} failed: {type(error).__name__}: {error}") from error
+        self.samples: Samples = Samples(data, where)
         del data
         self.model: BlockModel = BlockModel(task)
         self.setup, self._connection = setup, connection

@@ -43,15 +43,16 @@ class Evaluator:
         public, how = self._samples("public_data"), self.task.pretraining
         if public is None or how is None:
             return 0, 0.0
-        loss, _ = train(
-            self.model,
-            public,
-            self.spec.names,
-            how,
-            micro_batch=how.batch_size,
-            order_seed=self.seed,
-            pause=progress,
-        )
+        with self._blaming("pre-training"):
+            loss, _ = train(
+                self.model,
+                public,
+                self.spec.names,
+                how,
+                micro_batch=how.batch_size,
+                order_seed=self.seed,
+                pause=progress,
+            )
         self._loaded.clear()
         return public.count, loss
 
@@ -64,7 +65,7 @@ class Evaluator:
         self.load(versions, manifest)
         if self._test is None:
             return None
-        with self._blaming("the model or the loss", "on test_data"):
+        with self._blaming("the model or the loss, on test_data,"):
             return evaluate(self.model, self._test)
 
     def load(self, versions: VersionStore, manifest: Manifest) -> None:
@@ -91,15 +92,13 @@ class Evaluator:
             return Samples(give(), f"task {self.task.name!r}: {what}()")
 
     @contextmanager
-    def _blaming(self, *words: str) -> Iterator[None]:
+    def _blaming(self, what: str) -> Iterator[None]:
         """What the user's own code raises becomes a TaskError that says where."""
-        what, where = (*words, "")[:2]
         try:
             yield
         except EdgeError:
             raise
         except Exception as error:
-            place = f" {where}" if where else ""
             raise TaskError(
-                f"task {self.task.name!r}: {what} failed{place}: {type(error).__name__}: {error}"
+                f"task {self.task.name!r}: {what} failed: {type(error).__name__}: {error}"
             ) from error
