@@ -33,9 +33,9 @@ from edge_sdk.mqtt import Link
 from edge_sdk.offers import plan_for
 from edge_sdk.pieces import Incoming
 from edge_sdk.plan import Limits, Plan
-from edge_sdk.probe import available_memory
-from edge_sdk.process import process_cpu_s, process_peak_bytes, process_rss_bytes
-from edge_sdk.profile import DeviceProfile, budget
+from edge_sdk.probe import budget_now
+from edge_sdk.process import process_cpu_s, process_peak_bytes
+from edge_sdk.profile import Budget, DeviceProfile
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
 from edge_sdk.store import BlockCache, Spool, SpoolEntry
 from edge_sdk.trainer import (
@@ -74,6 +74,8 @@ MAX_PIECES_PER_WANT = 64
 # Each kill of the trainer lowers what its next plan may use to this share.
 LOWER_SHARE = 0.85
 MAX_KILLS = 4
+# A flash card that damages one block is fetched for again; a source of wrong blocks is given up.
+MAX_DAMAGED = 5
 # How long a device waits for a receipt after the job is over.
 LAST_RECEIPT_S = 30.0
 
@@ -127,7 +129,7 @@ class Agent:
         self._last_receipt = -1
         self._boot = ""
         self._why = ""
-        self._memory_share, self._kills = 1.0, 0
+        self._memory_share, self._kills, self._damaged = 1.0, 0, 0
         self._up_mark = self._down_mark = 0
         self._cpu_mark_s = 0.0
         self._done_at_s: float | None = None
@@ -271,7 +273,7 @@ class Agent:
                 session=self._session_id,
                 sdk=__version__,
                 profile=profile.name,
-                memory_bytes=self._budget()[0],
+                memory_bytes=self._budget().memory_bytes,
                 flops_per_s=profile.flops_per_s,
                 spec_digest=self._described.table.spec.digest(),
                 num_examples=self._described.num_examples,
@@ -316,7 +318,7 @@ class Agent:
             return
         if offer.round <= self._last_receipt:
             return
-        self._offer, self._kills, self._memory_share = offer, 0, 1.0
+        self._offer, self._kills, self._memory_share, self._damaged = offer, 0, 1.0, 0
         missing = [e.size_bytes for e in offer.blocks if not self._cache.has(e.sha256)]
         self._fetch_bytes = sum(missing)
         self._step(Event.OFFERED)
@@ -390,7 +392,11 @@ class Agent:
             return
         log.warning("round %d: %s", answer.round, answer.message)
         if answer.kind == "damaged":
-            self._step(Event.DAMAGED)
+            self._damaged += 1
+            if self._damaged > MAX_DAMAGED:
+                self._sit_out(f"blocks arrived damaged {self._damaged} times: {answer.message}")
+            else:
+                self._step(Event.DAMAGED)
         elif answer.kind == "memory":
             self._kills += 1
             if self._lower():
@@ -491,10 +497,10 @@ class Agent:
         described = self._described
         assert described is not None
         profile = self._settings.profile
-        memory_bytes, bound_by = self._budget()
+        memory = self._budget()
         limits = Limits(
-            memory_bytes=int(memory_bytes * self._memory_share),
-            bound_by=bound_by,
+            memory_bytes=int(memory.memory_bytes * self._memory_share),
+            bound_by=memory.bound_by,
             floor_bytes=described.floor_bytes,
             flops_per_s=profile.flops_per_s,
             uplink_bytes_per_s=profile.uplink_bytes_per_s,
@@ -504,18 +510,9 @@ class Agent:
         )
         return plan_for(offer, described.table, limits, described.num_examples)
 
-    def _budget(self) -> tuple[int, str]:
-        """Memory the trainer may use now: what is free counts together with what it already has."""
-        memory = available_memory()
-        own = process_rss_bytes(self._trainer.pid) if self._trainer.pid else 0
-        available, group = memory.available_bytes, memory.cgroup_free_bytes
-        limit = budget(
-            self._settings.profile,
-            available_bytes=None if available is None else available + own,
-            cgroup_limit_bytes=None if group is None else group + own,
-            flag_bytes=self._settings.memory_bytes,
-        )
-        return limit.memory_bytes, limit.bound_by
+    def _budget(self) -> Budget:
+        mine = self._settings
+        return budget_now(mine.profile, flag_bytes=mine.memory_bytes, trainer_pid=self._trainer.pid)
 
     def _send_leftovers(self) -> None:
         """An update of an earlier life, or of a plan given up, still needs its receipt."""

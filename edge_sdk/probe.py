@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import MIB, ProfileError
-from edge_sdk.profile import TORCH_FLOOR_BYTES, DeviceProfile
+from edge_sdk.process import process_rss_bytes
+from edge_sdk.profile import TORCH_FLOOR_BYTES, Budget, DeviceProfile, budget
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -143,6 +144,21 @@ def available_memory(*, proc_root: Path = PROC, cgroup_root: Path = CGROUP) -> M
         sources["zram_bytes"] = str(proc_root / "swaps")
     total_bytes, available_bytes, swap_bytes = (values.get(k) for k in _MEMINFO_KEYS.values())
     return Memory(total_bytes, available_bytes, swap_bytes, zram_bytes, cgroup, sources)
+
+
+def budget_now(
+    profile: DeviceProfile, *, flag_bytes: int | None, trainer_pid: int | None
+) -> Budget:
+    """Memory the trainer may use now: what is free counts together with what it already has."""
+    memory = available_memory()
+    own_bytes = process_rss_bytes(trainer_pid) if trainer_pid is not None else 0
+    available, group = memory.available_bytes, memory.cgroup_free_bytes
+    return budget(
+        profile,
+        available_bytes=None if available is None else available + own_bytes,
+        cgroup_limit_bytes=None if group is None else group + own_bytes,
+        flag_bytes=flag_bytes,
+    )
 
 
 def board_name(*, proc_root: Path = PROC, dmi_root: Path = DMI) -> str:

@@ -40,15 +40,13 @@ ROOMS = {
     "edge_sdk/strategies/last_blocks.py": Room(4),
     "edge_sdk/strategies/__init__.py": Room(
         4,
-        beside=(
-            "edge_sdk/strategies/last_blocks.py",
-        ),
+        beside=("edge_sdk/strategies/last_blocks.py",),
     ),
     "edge_sdk/infer.py": Room(5),
     "edge_sdk/link.py": Room(5),
     "edge_sdk/model.py": Room(5, beside=("edge_sdk/task.py",)),
     "edge_sdk/mqtt.py": Room(5, beside=("edge_sdk/link.py",)),
-    "edge_sdk/probe.py": Room(5),
+    "edge_sdk/probe.py": Room(5, beside=("edge_sdk/process.py",)),
     "edge_sdk/process.py": Room(5),
     "edge_sdk/store.py": Room(5),
     "edge_sdk/task.py": Room(5),
