@@ -146,12 +146,11 @@ def plan(
 
 def _check_terms(strategy: str, codec: str, **_: Any) -> None:
     """Fail before anything is measured when a name does not exist."""
-    from edge_sdk.codec import CODECS
+    from edge_sdk.cost import bits_per_param
     from edge_sdk.strategies import strategy_named
 
     strategy_named(strategy)
-    if codec not in CODECS:
-        raise ConfigError(f"codec {codec!r} is unknown; known are {', '.join(CODECS)}")
+    bits_per_param(codec)
 
 
 def _check_part(part: int, parts: int) -> None:
@@ -215,7 +214,7 @@ def _try_plan(
     strategy: str, codec: str, deadline_s: float, memory_mb: int | None,
 ) -> tuple[Plan | None, str]:  # fmt: skip
     """The plan, or None and why nothing fits."""
-    from edge_sdk.codec import bits_per_param
+    from edge_sdk.cost import bits_per_param
     from edge_sdk.plan import Limits, choose
     from edge_sdk.strategies import strategy_named
 

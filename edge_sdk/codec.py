@@ -44,9 +44,10 @@ import zstandard
 from numpy.typing import NDArray
 
 from edge_sdk.blocks import DTYPE_BYTES, Block, TensorSpec, content_hash
+from edge_sdk.cost import BITS_PER_PARAM
 from edge_sdk.errors import DamagedBlock, PeerError, ProtocolMisuse, WrongUpdate
 
-CODECS = ("fp32", "fp16", "int8")
+CODECS = tuple(BITS_PER_PARAM)
 GRID_EXPONENT = -30
 LIMIT_EXPONENT = 7
 CHANGE_LIMIT = 2.0**LIMIT_EXPONENT
@@ -71,13 +72,6 @@ _INT8_PEAK = 127
 _STEPS_PER_RMS = 8
 _LEVEL = 1
 _INTEGER_SPANS = {"bool": 1, "uint8": 255, "int32": (1 << 32) - 1, "int64": INTEGER_LIMIT}
-# Measured on Gaussian, Laplace and Student-t changes of 1e-4 to 1e-2 rms, rounded up.
-_BITS_PER_PARAM = {"fp32": 23.0, "fp16": 14.0, "int8": 5.2}
-
-
-def bits_per_param(codec: str) -> float:
-    """Planning figure: bits that one float element costs on the wire with ``codec``."""
-    return _BITS_PER_PARAM[_known(codec)]
 
 
 def max_change_bytes(codec: str, block: Block) -> int:

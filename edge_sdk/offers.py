@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from edge_sdk.blocks import ModelSpec
-from edge_sdk.codec import bits_per_param
-from edge_sdk.cost import CostTable
+from edge_sdk.cost import CostTable, bits_per_param
 from edge_sdk.errors import TaskError
 from edge_sdk.pieces import piece_count
 from edge_sdk.plan import Limits, Plan, choose

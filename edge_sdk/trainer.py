@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 # glibc keeps freed memory in arenas unless told otherwise: up to a fifth of the peak that no cost
 # model can predict. With one mebibyte thresholds large tensors go back to the system at once.
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "1048576",
     "MALLOC_TRIM_THRESHOLD_": "1048576",
@@ -176,7 +177,7 @@ class Trainer:
             stdin=subprocess.DEVNULL,
             # What a task file prints must not end up in the agent's own, machine-readable output.
             stdout=sys.stderr,
-            env={**os.environ, **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env={**os.environ, **MALLOC, **dict.fromkeys(THREAD_LIMITS, threads)},
         )
         self.pid = self._child.pid
         theirs.close()

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +21,31 @@ import click
 
 from edge_sdk import __version__
 from edge_sdk.errors import ConfigError, EdgeError, LinkError, PeerError, ProtocolMisuse
+from edge_sdk.wire import DEVICE_ID
+from reference_server.screen import Screen, printable, round_line, summary
 
 if TYPE_CHECKING:
     from reference_server.ledger import Ledger
 
+PROGRAM = "reference-server"
 PATH = click.Path(path_type=Path)
 DEFAULT_PORT = 1883
 DEFAULT_ROUND_S = 60.0
 
 
-@click.group()
+@click.group(context_settings={"max_content_width": 100}, invoke_without_command=True)
 @click.version_option(__version__)
-def cli() -> None:
-    """Aggregator for fleets of unequal devices."""
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Train one model on many unequal devices, over MQTT."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every command that trains has."""
-    for option in (
+    options = (
         click.option(
             "--strategy",
             default="last_blocks",
@@ -64,7 +75,8 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--json", "json_path", type=PATH, help="Write the report here."),
         click.option("--state", "state_dir", type=PATH, help="Where everything is kept."),
-    ):
+    )
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -77,7 +89,8 @@ def demo(devices: str | None, **options: Any) -> None:
     from reference_server.demo import DEMO_DEVICES, DEMO_ROUND_S, shipped_task
 
     options["round_s"] = options["round_s"] or DEMO_ROUND_S
-    _simulate(shipped_task(), devices.split(",") if devices else list(DEMO_DEVICES), options)
+    chosen = ",".join(DEMO_DEVICES) if devices is None else devices
+    _simulate(shipped_task(), chosen, options)
 
 
 @cli.command()
@@ -86,31 +99,37 @@ def demo(devices: str | None, **options: Any) -> None:
 @click.option("--devices", required=True, help="Profiles, comma separated.")
 def simulate(task_path: Path, devices: str, **options: Any) -> None:
     """Train a task of your own with simulated devices, all on this machine."""
-    _simulate(task_path.absolute(), devices.split(","), options)
+    _simulate(task_path.absolute(), devices, options)
 
 
-def _simulate(task_path: Path, devices: list[str], options: dict[str, Any]) -> None:
+def _simulate(task_path: Path, devices: str, options: dict[str, Any]) -> None:
+    from edge_sdk.profile import shipped_profiles
     from edge_sdk.task import check_task_file
     from reference_server import demo as demos
 
     check_task_file(task_path)
     json_path = options.pop("json_path")
     state_dir = options.pop("state_dir") or Path(time.strftime("edge-demo-%Y%m%d-%H%M%S"))
-    profiles = tuple(name.strip() for name in devices if name.strip())
+    profiles = tuple(name.strip() for name in devices.split(",") if name.strip())
     if not profiles:
-        raise ConfigError("--devices names no profile; give at least one, comma separated")
+        raise ConfigError(
+            f"--devices {devices!r} names no profile; give at least one, comma separated: "
+            f"{', '.join(shipped_profiles())}"
+        )
     _settle_times(options)
     _check_terms(options)
+    _check_json_path(json_path)
     settings = demos.DemoSettings(
         task_path=task_path, state_dir=state_dir, job="demo", profiles=profiles, **options
     )
-    _write_json(json_path, demos.run(settings))
+    with _stoppable(state_dir):
+        _write_json(json_path, demos.run(settings))
 
 
 @cli.command()
 @_common
 @click.option("--task", "task_path", type=PATH, required=True, help="A Python file with task().")
-@click.option("--job", help="Name of the job; the task's name if left out.")
+@click.option("--job", help="Name of the job.  [default: made from the task file's name]")
 @click.option(
     "--devices", "min_devices", type=click.IntRange(1, 10_000), default=1, show_default=True,
     help="Open the first round when so many are here.",
@@ -119,7 +138,10 @@ def _simulate(task_path: Path, devices: list[str], options: dict[str, Any]) -> N
     "--quorum", type=click.IntRange(1, 10_000), default=1, show_default=True,
     help="Publish a version when so many updates are in.",
 )  # fmt: skip
-@click.option("--port", type=click.IntRange(1, 65535), default=DEFAULT_PORT, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True,
+    help="Port of our broker; 0: any free one.",
+)  # fmt: skip
 @click.option("--bind", default="127.0.0.1", show_default=True, help="Where our broker listens.")
 @click.option("--threads", type=click.IntRange(1, 512), default=1, show_default=True)
 @click.option("--events", is_flag=True, hidden=True)
@@ -135,39 +157,52 @@ def _run(
 ) -> None:  # fmt: skip
     from edge_sdk.task import check_task_file
     from reference_server import broker as brokers
+    from reference_server.ledger import Ledger
     from reference_server.rounds import RoundPolicy
-    from reference_server.screen import Screen, summary
 
     check_task_file(task_path)
     _settle_times(terms)
     _check_terms(terms)
-    deadline_s = terms.pop("deadline_s")
-    name = job or _job_name(task_path)
+    _check_json_path(json_path)
+    name = _job_name(job, task_path)
     home = state_dir or Path("edge-server") / name
     server_broker = brokers.choose(broker, home / "broker", port, bind)
+    if not events:  # whoever supervises us starts the broker beside us
+        server_broker.check()
     screen = Screen(terms["rounds"])
-    if not events:
-        screen.line(server_broker.describe())
-        screen.line(_join_line(task_path, server_broker.url, bind, name, min_devices))
-    server_broker.start()
-    try:
+    report = _event_printer() if events else screen.show
+    facts = {"kind": server_broker.kind, "version": server_broker.version}
+    wait_s = terms.pop("deadline_s")
+    policy = RoundPolicy(min_devices=quorum, deadline_s=wait_s, extend_s=wait_s / 2)
+    # The ledger is opened before torch is loaded, which takes long, so that a fault comes first.
+    with _stoppable(None if events else home), Ledger.open(home) as ledger:
         from reference_server.coordinator import Coordinator, ServerSettings
 
         settings = ServerSettings(
             url=server_broker.url, job=name, task_path=task_path, state_dir=home,
-            min_devices=min_devices, policy=RoundPolicy(min_devices=quorum, deadline_s=deadline_s,
-            extend_s=deadline_s / 2), report=_print_event if events else screen.show,
+            min_devices=min_devices, policy=policy, broker=facts, report=report,
             look_after=server_broker.ensure_running, **terms,
         )  # fmt: skip
-        with screen:
-            report = Coordinator(settings).run()
-    finally:
-        server_broker.stop()
-    report["broker"] = {"kind": server_broker.kind, "version": server_broker.version}
+        coordinator = Coordinator(settings, ledger)
+        try:
+            done = coordinator.finished_before()
+            if done is not None:
+                report({"event": "finished", "rounds": len(done["rounds"])})
+                report({"event": "done", "report": done})
+            else:
+                server_broker.start()
+                if not events:
+                    screen.line(server_broker.describe())
+                    screen.line(_join_line(task_path, server_broker.url, bind, name, min_devices))
+                with nullcontext() if events else screen:
+                    done = coordinator.run()
+        finally:
+            coordinator.close()
+            server_broker.stop()
     if not events:
-        for line in summary(report):
+        for line in summary(done):
             screen.line(line)
-    _write_json(json_path, report)
+    _write_json(json_path, done)
 
 
 @cli.command()
@@ -175,11 +210,11 @@ def _run(
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def status(state_dir: Path, as_json: bool) -> None:
     """Show the rounds of a job and what became of them; may be used while the server runs."""
-    from reference_server.screen import human_bytes
 
     with _ledger(state_dir) as ledger:
         rows: list[dict[str, Any]] = [
             {
+                "job": job,
                 "round": s.round,
                 "phase": s.phase.name,
                 "version": s.version,
@@ -194,10 +229,9 @@ def status(state_dir: Path, as_json: bool) -> None:
         click.echo(json.dumps({"rounds": rows}, indent=2))
         return
     for row in rows:
-        click.echo(
-            f"round {row['round']:<4} {row['phase']:<10} version {row['version']}  "
-            f"{row['verdicts']}  {row['samples']} samples  {human_bytes(row['update_bytes'])}"
-        )
+        click.echo(round_line(row))
+    if not rows:
+        click.echo(f"{state_dir}: no round yet")
 
 
 @cli.command()
@@ -216,8 +250,14 @@ def audit(state_dir: Path, as_json: bool) -> None:
         for check in checks:
             verdict = "ok    " if check.ok else "BROKEN"
             click.echo(f"{verdict} {check.name}: {check.count} {check.detail}".rstrip())
-    if not all(check.ok for check in checks):
-        raise ConfigError(f"{state_dir}: the ledger violates an invariant, see above")
+        if not checks:
+            click.echo(f"{state_dir}: no job yet")
+    broken = [check.name for check in checks if not check.ok]
+    if broken:
+        raise ConfigError(
+            f"{state_dir}: {len(broken)} of {len(checks)} checks failed ({'; '.join(broken)}): do "
+            "not trust its versions; restore a copy, or start a new job in another directory"
+        )
 
 
 @cli.command()
@@ -230,41 +270,63 @@ def export(
     state_dir: Path, task_path: Path, number: int | None, output: Path, as_json: bool
 ) -> None:
     """Write a version as safetensors and ONNX, the latter checked in ONNX Runtime."""
-    from edge_sdk.store import make_directory
-    from reference_server.evaluate import Evaluator
-    from reference_server.export import export_onnx, export_safetensors
+    from edge_sdk.task import check_task_file
     from reference_server.versions import VersionStore
 
-    if not (state_dir / "versions").is_dir():
+    check_task_file(task_path)
+    home = _server_home(state_dir)
+    if not (home / "versions").is_dir():
         raise ConfigError(f"{state_dir} holds no versions; give the server's --state directory")
-    versions = VersionStore(state_dir)
-    chosen = versions.latest() if number is None else number
+    versions = VersionStore(home)
+    known = versions.versions()
+    chosen = max(known, default=None) if number is None else number
     if chosen is None:
         raise ConfigError(f"{state_dir} holds no version yet; run the server first")
+    if chosen not in known:
+        raise ConfigError(
+            f"{state_dir} holds no version {chosen}; it holds {len(known)}, "
+            f"from {min(known)} to {max(known)}"
+        )
     manifest = versions.load_manifest(chosen)
+    _make_output(output)
+    from reference_server.evaluate import Evaluator
+    from reference_server.export import check_model, export_all
+
     evaluator = Evaluator(task_path, seed=0)
-    make_directory(output)
-    files = {
-        "safetensors": export_safetensors(
-            evaluator, versions, manifest, output / "model.safetensors"
-        ),
-        "onnx": export_onnx(evaluator, versions, manifest, output / "model.onnx"),
-    }
+    check_model(evaluator.spec, manifest, task_path)
+    files, fault = export_all(evaluator, versions, manifest, output)
     if as_json:
-        shown = {kind: str(path) for kind, path in files.items()}
-        click.echo(json.dumps({"version": manifest.version, "files": shown}))
+        click.echo(json.dumps({"version": manifest.version, "files": files}))
     else:
         for kind, path in files.items():
             click.echo(f"version {manifest.version} as {kind}: {path}")
+    if fault:
+        raise ConfigError(f"no ONNX file was written: {fault}")
+
+
+def _make_output(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {directory}: cannot be created: {error.strerror}; name another directory"
+        ) from error
+
+
+def _server_home(state_dir: Path) -> Path:
+    """The server's own directory, also where that of a whole demo or simulation is given."""
+    inner = state_dir / "server"
+    return inner if inner.is_dir() and not any(state_dir.glob("ledger.*")) else state_dir
 
 
 def _ledger(state_dir: Path) -> Ledger:
     """The ledger of a server that may be running."""
+    home = _server_home(state_dir)
+    if not any(home.glob("ledger.*")):
+        raise ConfigError(f"{state_dir} holds no ledger; give the server's --state directory")
     from reference_server.ledger import Ledger
 
-    if not state_dir.is_dir() or not any(state_dir.glob("ledger.*")):
-        raise ConfigError(f"{state_dir} holds no ledger; give the server's --state directory")
-    return Ledger.open(state_dir, exclusive=False)
+    return Ledger.open(home, exclusive=False)
 
 
 def _settle_times(terms: dict[str, Any]) -> None:
@@ -274,35 +336,62 @@ def _settle_times(terms: dict[str, Any]) -> None:
 
 def _check_terms(terms: dict[str, Any]) -> None:
     """Fail before anything is started when a term does not exist."""
-    from edge_sdk.codec import CODECS
+    from edge_sdk.cost import bits_per_param
     from edge_sdk.strategies import strategy_named
 
     strategy_named(terms["strategy"])
-    if terms["codec"] not in CODECS:
-        raise ConfigError(f"codec {terms['codec']!r} is unknown; known are {', '.join(CODECS)}")
+    bits_per_param(terms["codec"])
 
 
-def _job_name(task_path: Path) -> str:
-    name = "".join(c if c.isalnum() else "-" for c in task_path.stem.lower()).strip("-")
-    if not name:
-        raise ConfigError(f"{task_path}: no job name can be made of it; give --job")
-    return name[:64]
+def _job_name(job: str | None, task_path: Path) -> str:
+    made = re.sub(r"[^a-z0-9]+", "-", task_path.stem.lower()).strip("-")[:64]
+    name = made if job is None else job
+    if re.match(DEVICE_ID, name) is None:
+        raise ConfigError(f"--job {name!r}: use 1 to 64 of the characters a-z, 0-9 and '-'")
+    return name
 
 
 def _join_line(task_path: Path, url: str, bind: str, job: str, devices: int) -> str:
+    """The command that joins a device; without the credentials the server itself uses."""
+    import shlex
     import socket
 
+    from edge_sdk.link import parse_address
+
+    address = parse_address(url)
+    shown = f"{'mqtts' if address.tls else 'mqtt'}://{address}"
     if bind in ("0.0.0.0", "::"):
-        url = url.replace("127.0.0.1", socket.gethostname()).replace("[::1]", socket.gethostname())
-    return (
-        "on each device: edge-sdk run "
-        f"--task {task_path} --broker {url} --job {job} --part I --parts {devices}"
-    )
+        shown = f"mqtt://{socket.gethostname()}:{address.port}"
+    words = ["edge-sdk", "run", "--task", str(task_path), "--broker", shown, "--job", job]
+    line = f"on each device: {shlex.join(words)}"
+    return line if devices == 1 else f"{line} --part I --parts {devices}, I from 0 to {devices - 1}"
 
 
-def _print_event(event: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+def _event_printer() -> Callable[[dict[str, Any]], None]:
+    """Events as JSON lines on standard output, which from now on is for them alone."""
+    lines, sys.stdout = sys.stdout, sys.stderr
+
+    def print_event(event: dict[str, Any]) -> None:
+        lines.write(json.dumps(event) + "\n")
+        lines.flush()
+
+    return print_event
+
+
+def _check_json_path(path: Path | None) -> None:
+    """Fail before hours of training when the report could not be written after them."""
+    if path is None:
+        return
+    try:
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--json {path}: cannot be written: {error.strerror}; name a file in a directory that "
+            "exists and that this user may write to"
+        ) from error
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -310,27 +399,73 @@ def _write_json(path: Path | None, report: dict[str, Any]) -> None:
         try:
             path.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            raise ConfigError(f"--json {path}: cannot be written: {error.strerror}") from error
+            raise ConfigError(
+                f"--json {path}: cannot be written any more: {error.strerror}; the same command "
+                "with another --json and this run's --state writes it again"
+            ) from error
+
+
+@contextmanager
+def _stoppable(state_dir: Path | None) -> Iterator[None]:
+    """End in good order on SIGTERM and SIGHUP as on Ctrl-C, and say how to go on."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if state_dir is not None:
+            click.echo(
+                f"stopped; the same command with --state {state_dir} goes on from here", err=True
+            )
+        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Logs to standard error as it is now: while a live table is shown, above it.
+
+    What a message quotes may come from a hostile device, and must not reach a terminal as codes.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line) for line in super().format(record).splitlines())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    """Run one command and return its exit code; a fault of ours keeps its traceback."""
+    # No matrix products here for OpenBLAS to start threads for, which doubles numpy's import time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(message)s", handlers=[_Stderr()]
+    )
     try:
-        cli.main(args=argv, prog_name="reference-server", standalone_mode=False)
-        return 0
+        result = cli.main(args=argv, prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        return 2
-    except click.Abort:
-        return 130
-    except KeyboardInterrupt:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        where = PROGRAM if context is None else context.command_path
+        return _complain(f"{error.format_message()} See {where} --help", 2)
+    except (click.Abort, KeyboardInterrupt):
         return 130
     except ProtocolMisuse:
         raise
     except EdgeError as error:
-        click.echo(f"reference-server: {error}", err=True)
-        return _exit_code(error)
+        return _complain(str(error), _exit_code(error))
+    return result if isinstance(result, int) else 0
+
+
+def _complain(what: str, code: int) -> int:
+    click.echo(f"{PROGRAM}: {printable(' '.join(what.split()))}", err=True)
+    return code
 
 
 def _exit_code(error: EdgeError) -> int:

@@ -88,7 +88,7 @@ class ServerSettings:
     round_s: float = 60.0
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     threads: int = 1
-    export: bool = True
+    broker: Mapping[str, str] = field(default_factory=dict)
     report: Callable[[Event], None] = field(default=lambda event: None)
     look_after: Callable[[], Any] = field(default=lambda: None)
 
@@ -96,7 +96,7 @@ class ServerSettings:
 class Coordinator:
     """Runs one job to its end."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, ledger: Ledger) -> None:
         self._settings = settings
         self._started_s = time.monotonic()
         self._strategy = strategy_named(settings.strategy)
@@ -104,7 +104,7 @@ class Coordinator:
         self._topics = Topics(settings.job)
         self._rng = random.Random()
         self._boot = secrets.token_hex(8)
-        self._ledger = Ledger.open(settings.state_dir)
+        self._ledger = ledger
         self._versions = VersionStore(settings.state_dir)
         self._versions.sweep()
         self._evaluator = Evaluator(settings.task_path, settings.seed, settings.threads)
@@ -115,7 +115,6 @@ class Coordinator:
         self._tickets = tickets
         self._fleet = fleets.Fleet(spec.digest())
         self._ingest = Ingest(settings.job, spec, self._strategy, self._ledger, tickets, self._rng)
-        self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
         self._row: RoundRow | None = None
         self._known_answers: Answers | None = None
         self._opened_at_s = self._last_answer_s = 0.0
@@ -127,7 +126,9 @@ class Coordinator:
         self._manifest: Manifest
         name = self._evaluator.task.name
         facts = {"strategy": settings.strategy, "task": name, "seed": settings.seed}
+        facts |= {"broker": settings.broker} if settings.broker else {}
         self._report = RunReport(settings.state_dir / "report.json", facts, spec)
+        self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
 
     def finished_before(self) -> dict[str, Any] | None:
         """The report of a job that an earlier start has finished; None: there is work to do."""
@@ -154,9 +155,8 @@ class Coordinator:
             self.close()
 
     def close(self) -> None:
-        """Leave the broker and the state directory; may be called twice."""
+        """Leave the broker; may be called twice."""
         self._link.close()
-        self._ledger.close()
 
     # -- start ------------------------------------------------------------------------------
 
@@ -556,7 +556,7 @@ class Coordinator:
             except queue.Empty:
                 break
         self._announce("done")
-        files = self._export() if self._settings.export else {}
+        files = self._export()
         checks = self._ledger.audit(self._settings.job)
         peak = process_peak_bytes()
         totals = {

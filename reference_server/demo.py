@@ -158,16 +158,15 @@ class _Demo:
         if self._broker.ensure_running():
             self._screen.line("the broker died and was started again")
         self._nursery.ensure_running()
-        news = self._fleet.look_after()
-        for line in news:
+        for line in self._fleet.look_after():
             self._screen.line(line)
         given_up = self._fleet.given_up()
         # A job that began goes on with fewer; one that waits for its whole fleet would for ever.
         if given_up and (self._first_round_s is None or len(given_up) == len(self._fleet.devices)):
-            logs = self._settings.state_dir / "devices" / given_up[0] / "log.txt"
+            first = given_up[0]
             raise ConfigError(
-                f"{len(given_up)} of {len(self._fleet.devices)} devices cannot take part "
-                f"({', '.join(given_up)}); see {logs}"
+                f"{len(given_up)} of {len(self._fleet.devices)} devices cannot take part; "
+                f"{first.device}: {first.last_words()} (more in {first.log})"
             )
 
     def _start_server(self) -> subprocess.Popen[bytes]:

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from edge_sdk.blocks import ModelSpec
 from edge_sdk.errors import TaskError
 from edge_sdk.infer import OnnxModel
 from edge_sdk.store import write_atomically
@@ -34,6 +35,19 @@ def export_safetensors(
     notes = {"job": manifest.job, "version": str(manifest.version), "sha256": manifest.model_sha256}
     write_atomically(path, safetensors.numpy.save(own, metadata=notes), mode=0o644)
     return path
+
+
+def check_model(spec: ModelSpec, manifest: Manifest, task_path: Path) -> None:
+    """TaskError when a version is of another model than the task builds."""
+    ours = {block.name: block.size_bytes for block in spec.blocks}
+    stored = {entry.name: entry.raw_bytes for entry in manifest.blocks}
+    differ = [name for name in {**stored, **ours} if ours.get(name) != stored.get(name)]
+    if differ:
+        raise TaskError(
+            f"task file {task_path}: it builds another model than version {manifest.version} of "
+            f"job {manifest.job!r}, which differs in blocks {', '.join(differ)[:200]}: give the "
+            "task file the job was started with"
+        )
 
 
 def export_all(

@@ -108,7 +108,7 @@ class SimulatedDevice:
         self.process, self.next_start_s = None, now_s + wait_s
         if code == 2 or self.starts > MAX_RESTARTS:
             self.starts = MAX_RESTARTS + 1
-            return f"{self.device} gave up (exit code {code}): {self._last_words()}"
+            return f"{self.device} gave up (exit code {code}): {self.last_words()}"
         return f"{self.device} died (exit code {code}), starting it again"
 
     @property
@@ -130,9 +130,10 @@ class SimulatedDevice:
                 self.process.kill()
                 self.process.wait()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The last line of its log, which says why it ended."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][:500] if lines else "it said nothing"
+        return lines[-1].removeprefix("edge-sdk: ")[:500] if lines else "it said nothing"
 
 
 @dataclass
@@ -166,9 +167,9 @@ class SimulatedFleet:
         news = [simulated.look_after(now_s) for simulated in self.devices]
         return [line for line in news if line is not None]
 
-    def given_up(self) -> list[str]:
+    def given_up(self) -> list[SimulatedDevice]:
         """Devices that will not be started again."""
-        return [simulated.device for simulated in self.devices if simulated.gave_up]
+        return [simulated for simulated in self.devices if simulated.gave_up]
 
     def stop(self) -> None:
         """End every device."""

@@ -36,10 +36,10 @@ class RunReport:
         self._path = path
         self._data: dict[str, Any] = {
             "schema": SCHEMA,
+            "broker": {"kind": "external", "version": "unknown"},
             **facts,
             "wall_s": 0.0,
             "first_round_s": None,
-            "broker": {"kind": "external", "version": "unknown"},
             "model": {
                 "params": spec.params,
                 "bytes_fp32": 4 * spec.params,
@@ -153,7 +153,11 @@ class RunReport:
         kept = self._kept
         if kept.get("model_sha256") != model_sha256 or not kept.get("totals"):
             return None
-        return kept if all(Path(path).is_file() for path in dict(kept.get("files") or {}).values()) else None
+        return (
+            kept
+            if all(Path(path).is_file() for path in dict(kept.get("files") or {}).values())
+            else None
+        )
 
     def _rows(self, round_number: int) -> list[dict[str, Any]]:
         return next((e["devices"] for e in self._data["rounds"] if e["round"] == round_number), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +28,16 @@ class Screen:
             TextColumn("{task.completed}/{task.total}"), console=self._console,
         )  # fmt: skip
         self._bar = self._progress.add_task("rounds", total=rounds)
-        self._live = Live(console=self._console, refresh_per_second=5, transient=True)
+        # Errors go above the table only where both would appear on the same screen.
+        self._live = Live(
+            console=self._console, refresh_per_second=5, transient=True,
+            redirect_stderr=sys.stderr.isatty(),
+        )  # fmt: skip
 
     def __enter__(self) -> Screen:
         if self._console.is_terminal:
             self._live.start()
+            self._live.update(self._picture())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,7 +46,7 @@ class Screen:
 
     def line(self, text: str) -> None:
         """Print one line above the live part."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def show(self, event: Event) -> None:
         """Show one event of the server."""
@@ -61,7 +67,11 @@ class Screen:
     def _cells(self, device: str) -> dict[str, str]:
         return self._devices.setdefault(device, {"state": "ready"})
 
+    def _pretrain(self, event: Event) -> None:
+        self._progress.update(self._bar, description=f"pre-training, step {event['step']}")
+
     def _base(self, event: Event) -> None:
+        self._progress.update(self._bar, description="rounds")
         if event["samples"]:
             accuracy = event["accuracy"]
             measured = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
@@ -105,6 +115,13 @@ class Screen:
             )
         self._progress.update(self._bar, completed=event["version"])
 
+    def _waiting(self, event: Event) -> None:
+        self.line(f"waiting for {_count(event['needed'], 'device')}")
+
+    def _finished(self, event: Event) -> None:
+        done = _count(event["rounds"], "round")
+        self.line(f"this job was finished before, with {done}; more --rounds would continue it")
+
     def _not_exported(self, event: Event) -> None:
         self.line(f"no ONNX file: {event['reason']}")
 
@@ -123,6 +140,11 @@ def _row_cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def printable(text: str) -> str:
+    """One line of text whose control characters, which a peer may have chosen, are gone."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def short_names(blocks: list[str]) -> str:
     """Block names with runs such as blocks.2, blocks.3, blocks.4 written as blocks.2-4."""
     parts: list[str] = []
@@ -139,6 +161,21 @@ def short_names(blocks: list[str]) -> str:
     return " ".join(parts)
 
 
+def round_line(row: Mapping[str, Any]) -> str:
+    """One round of a job, as ``status`` shows it."""
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(row["verdicts"].items()))
+    version = "no version" if row["version"] is None else f"version {row['version']}"
+    return (
+        f"round {row['round']:<4} {row['phase'].lower():<10} {version:<11} "
+        f"{verdicts or 'no update'}, {_count(row['samples'], 'sample')}, "
+        f"{human_bytes(row['update_bytes'])}"
+    )
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def human_bytes(count: int | None) -> str:
     """Bytes as a person reads them; '?' while they are not known."""
     if count is None:
@@ -147,13 +184,16 @@ def human_bytes(count: int | None) -> str:
 
 
 _SHOWN = {
+    "pretrain": Screen._pretrain,
     "base": Screen._base,
     "device": Screen._device,
     "presence": Screen._presence,
     "update": Screen._update,
     "decline": Screen._declined,
     "published": Screen._published,
+    "finished": Screen._finished,
     "not_exported": Screen._not_exported,
+    "waiting": Screen._waiting,
     "abandoned": Screen._said,
     "extended": Screen._said,
     "resumed": Screen._said,
@@ -166,13 +206,14 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     rows = [row for entry in rounds for row in entry["devices"]]
     everything = model["bytes_fp32"] * len(rows)
     accuracy = rounds[-1]["accuracy"] if rounds else None
-    lines = [f"done: {len(rounds)} rounds in {report['wall_s']:.1f} s"]
+    lines = [f"done: {_count(len(rounds), 'round')} in {report['wall_s']:.1f} s"]
     if accuracy is not None:
         lines[0] += f", held-out accuracy {accuracy:.3f}"
     if totals["up_bytes"]:
+        times = everything / totals["up_bytes"]
         lines.append(
             f"sent {human_bytes(totals['up_bytes'])} up; all weights as float32 would have been "
-            f"{human_bytes(everything)}, {everything / totals['up_bytes']:.0f} times as much"
+            f"{human_bytes(everything)}, {times:.{0 if times >= 10 else 1}f} times as much"
         )
     lines.append(
         f"updates: {totals['updates_made']} made, {totals['updates_counted']} counted, "

@@ -99,7 +99,7 @@ class Running:
         self.process.wait()
 
     def family(self, *words: str) -> list[psutil.Process]:
-        """Its descendants whose command line has all these words, the oldest first."""
+        """Its descendants whose command line has all these words, parents before children."""
         try:
             members = self.process.children(recursive=True)
         except psutil.NoSuchProcess:

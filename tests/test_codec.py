@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_sdk import codec
 from edge_sdk.blocks import Block, TensorSpec
+from edge_sdk.cost import bits_per_param
 from edge_sdk.errors import DamagedBlock, ProtocolMisuse, WrongUpdate
 
 Tensors = dict[str, NDArray[Any]]
@@ -218,7 +219,7 @@ def test_planning_figures_are_what_gaussian_changes_cost(name: str) -> None:
     block = one("float32", 200_000)
     base, new = pair(block, scale=1e-3)
     bits = 8 * len(encode(name, block, base, new)) / 200_000
-    assert bits == pytest.approx(codec.bits_per_param(name), rel=0.1)
+    assert bits == pytest.approx(bits_per_param(name), rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

@@ -24,7 +24,8 @@ BOARDS = (
     "raspberry-pi-5-16gb",
 )
 SEED, ROUNDS = 11, 2
-# Every device's change is rounded to this grid, by half a step at most; so is their mean, then.
+# Every device's change is rounded to this grid, by half a step at most, and so is off the mean of
+# all; the new weight is rounded to float32 once, by half an ulp. The bound is twice that.
 GRID = 2.0**-30
 
 Weights = dict[str, torch.Tensor]
@@ -58,12 +59,13 @@ def fedavg(task: Task, base: Weights, number: int) -> tuple[dict[str, np.ndarray
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay
         )
-        order_seed = seed_of(SEED, number, part)
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(order_seed))
-        for batch in torch.split(order, how.batch_size):
-            optimizer.zero_grad()
-            task.loss(model(inputs[batch]), targets[batch]).backward()
-            optimizer.step()
+        generator = torch.Generator().manual_seed(seed_of(SEED, number, part))
+        for _ in range(how.local_epochs):
+            order = torch.randperm(len(targets), generator=generator)
+            for batch in torch.split(order, how.batch_size):
+                optimizer.zero_grad()
+                task.loss(model(inputs[batch]), targets[batch]).backward()
+                optimizer.step()
         for name, tensor in model.state_dict().items():
             mean[name] += len(targets) * tensor.double().numpy()
         total += len(targets)

@@ -124,24 +124,33 @@ class Field:
         still = {s.name: np.zeros(s.shape, s.dtype) for s in block.tensors}
         return encode_change("fp32", block, still, still, np.random.default_rng(0))
 
-    def header(self, device: str, payloads: dict[str, bytes]) -> UpdateHeader:
+    def header(self, device: str, parts: list[tuple[str, bytes]]) -> UpdateHeader:
         offer = self.join(device)
         return UpdateHeader(
             round=offer.round, ticket=offer.ticket, base_sha=offer.base_sha, codec=offer.codec,
             num_examples=SAMPLES, metrics=METRICS,
-            blocks=tuple((name, len(data)) for name, data in payloads.items()),
+            blocks=tuple((name, len(payload)) for name, payload in parts),
         )  # fmt: skip
 
     def update(self, device: str, **changes: Any) -> bytes:
         """A good update of the last block, with these fields of its header changed."""
         block = self.spec.blocks[-1]
         payload = self.payload(block)
-        header = msgspec.structs.replace(self.header(device, {block.name: payload}), **changes)
+        header = msgspec.structs.replace(self.header(device, [(block.name, payload)]), **changes)
         return encode_update(header, [payload])
 
-    def update_of(self, device: str, payloads: dict[str, bytes]) -> bytes:
-        """An update with these payloads."""
-        return encode_update(self.header(device, payloads), list(payloads.values()))
+    def update_of(self, device: str, parts: list[tuple[str, bytes]]) -> bytes:
+        """An update of these blocks with these payloads."""
+        return encode_update(self.header(device, parts), [payload for _, payload in parts])
+
+    def last(self, payload: bytes | None = None) -> tuple[str, bytes]:
+        """The last block with a payload, a good one if left out."""
+        block = self.spec.blocks[-1]
+        return block.name, self.payload(block) if payload is None else payload
+
+    def lasting(self, value: float) -> tuple[str, bytes]:
+        """The last block with a payload that has this change everywhere."""
+        return self.last(evil_float(self.spec.blocks[-1], value))
 
     def open(self, device: str, body: bytes, **changes: Any) -> Open:
         """The announcement of an update, with these fields changed."""
@@ -184,39 +193,27 @@ WRONG: dict[str, tuple[Callable[[Field, str], bytes], str]] = {
     "another-codec": (lambda f, d: f.update(d, codec="int8"), "codec 'int8', the offer asked"),
     "too-heavy": (lambda f, d: f.update(d, num_examples=1 << 26), "a weight of 67108864 samples"),
     "unknown-block": (
-        lambda f, d: f.update_of(d, {"nope": b"x"}),
+        lambda f, d: f.update_of(d, [("nope", b"x")]),
         "block 'nope' is not open in this round",
     ),
     "block-twice": (
-        lambda f, d: f.update(d, blocks=((f.spec.names[-1], 9), (f.spec.names[-1], 0))),
-        "",
+        lambda f, d: f.update_of(d, [f.last(), f.last()]),
+        "an update names a block twice: ['4', '4']",
     ),
     "another-shape": (
-        lambda f, d: f.update_of(d, {f.spec.names[-1]: f.payload(f.spec.blocks[0])}),
+        lambda f, d: f.update_of(d, [f.last(f.payload(f.spec.blocks[0]))]),
         "the zstd frame names",
     ),
-    "too-long": (
-        lambda f, d: f.update_of(d, {f.spec.names[-1]: b"x" * 20_000}),
-        "the limit is",
-    ),
-    "too-short": (lambda f, d: f.update_of(d, {f.spec.names[-1]: b"x"}), "not one whole zstd"),
-    "not-a-number": (
-        lambda f, d: f.update_of(d, {f.spec.names[-1]: evil_float(f.spec.blocks[-1], np.nan)}),
-        "a change of nan",
-    ),
-    "infinite": (
-        lambda f, d: f.update_of(d, {f.spec.names[-1]: evil_float(f.spec.blocks[-1], np.inf)}),
-        "a change of inf",
-    ),
-    "good-then-huge": (
+    "too-long": (lambda f, d: f.update_of(d, [f.last(b"x" * 20_000)]), "the limit is"),
+    "too-short": (lambda f, d: f.update_of(d, [f.last(b"x")]), "not one whole zstd frame"),
+    "not-a-number": (lambda f, d: f.update_of(d, [f.lasting(np.nan)]), "a change of nan"),
+    "infinite": (lambda f, d: f.update_of(d, [f.lasting(np.inf)]), "a change of inf"),
+    # What its first block added to the sums goes with it.
+    "half-good": (
         lambda f, d: f.update_of(
-            d,
-            {
-                f.spec.names[0]: f.payload(f.spec.blocks[0]),
-                f.spec.names[-1]: evil_float(f.spec.blocks[-1], 1e6),
-            },
+            d, [(f.spec.names[0], f.payload(f.spec.blocks[0])), f.lasting(1e6)]
         ),
-        "the limit is +-128",
+        "a change of 1e+06, the limit is +-128",
     ),
 }
 OTHERS = ("forger", "fat", "late", "stale", "fumbler", "liar", "twin", "glutton", "babbler")

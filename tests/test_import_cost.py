@@ -37,9 +37,9 @@ def run_python(code: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("edge_sdk", {"torch", "onnxruntime", "numpy", "paho", "psutil", "click"}),
+        ("edge_sdk", {"torch", "onnxruntime", "numpy", "paho", "psutil", "click", "msgspec"}),
         ("edge_sdk.cli", {"torch", "onnxruntime", "numpy"}),
-        ("edge_sdk.agent", {"torch", "onnxruntime"}),
+        ("edge_sdk.agent", {"torch", "onnxruntime", "numpy"}),
         ("reference_server.cli", {"torch", "onnxruntime"}),
     ],
 )

@@ -30,7 +30,7 @@ ROOMS = {
     "edge_sdk/blocks.py": Room(1),
     "edge_sdk/profile.py": Room(1),
     "edge_sdk/wire.py": Room(1, beside=("edge_sdk/blocks.py",)),
-    "edge_sdk/codec.py": Room(2),
+    "edge_sdk/codec.py": Room(2, beside=("edge_sdk/cost.py",)),
     "edge_sdk/cost.py": Room(2),
     "edge_sdk/pieces.py": Room(2),
     "edge_sdk/merge.py": Room(3),

@@ -192,12 +192,12 @@ def test_what_was_left_out_for_memory_is_explained() -> None:
 
 def test_what_was_left_out_for_time_is_explained() -> None:
     plan = chosen(limits_with(deadline_s=2.0))
-    assert plan.left_out[0].reason == "takes 2.1 s, 1.5 s of the round's deadline are usable"
+    assert plan.left_out[0].reason == "takes 2.15 s, 1.50 s of the round's deadline are usable"
     assert plan.round_s <= 1.5
 
 
 def test_blocks_still_to_be_fetched_take_their_time() -> None:
-    with pytest.raises(NothingFits, match=r"takes \d+\.\d s, 7\.5 s of the round's deadline"):
+    with pytest.raises(NothingFits, match=r"takes \d+\.\d\d s, 7\.50 s of the round's deadline"):
         chosen(limits_with(deadline_s=10.0, fetch_bytes=10_000_000))
 
 
