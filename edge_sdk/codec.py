@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
@@ -158,8 +159,12 @@ def raw_parts(block: Block, tensors: Tensors) -> Iterator[memoryview]:
 
 
 def block_hash(block: Block, tensors: Tensors) -> str:
-    """Address of a block's content: SHA-256, hex."""
-    return content_hash(raw_parts(block, tensors))
+    """Address of a block: SHA-256, hex, of its tensors' names, dtypes, shapes and content.
+
+    Without the first three, two layers that begin alike would share one file and one name.
+    """
+    head = "".join(f"{s.name} {s.dtype} {','.join(map(str, s.shape))}\n" for s in block.tensors)
+    return content_hash(chain([head.encode()], raw_parts(block, tensors)))
 
 
 def flat_array(block: Block, spec: TensorSpec, tensors: Tensors) -> Array:

@@ -207,7 +207,7 @@ class _Demo:
             self._screen.line(line)
         self._screen.line(
             "next: train on machines of your own: reference-server run --task "
-            f"{shlex.quote(str(self._settings.task_path))} --bind 0.0.0.0"
+            f"{shlex.quote(str(self._settings.task_path))}"
         )
         return report
 

@@ -148,16 +148,16 @@ def printable(text: str) -> str:
 def short_names(blocks: list[str]) -> str:
     """Block names with runs such as blocks.2, blocks.3, blocks.4 written as blocks.2-4."""
     parts: list[str] = []
+    first, last = "", ("", -1)
     for name in blocks:
         stem, _, number = name.rpartition(".")
-        last = parts[-1] if parts else ""
-        first, _, end = last.rpartition("-")
-        end_or_all = end if first else last.rpartition(".")[2]
-        follows = number.isdigit() and end_or_all.isdigit() and int(number) == int(end_or_all) + 1
-        if follows and (first or last).rpartition(".")[0] == stem:
-            parts[-1] = f"{first or last}-{number}"
+        place = (stem, int(number)) if number.isdecimal() else ("", -1)
+        if parts and place[1] > 0 and last == (stem, place[1] - 1):
+            parts[-1] = f"{first}-{number}"
         else:
             parts.append(name)
+            first = name
+        last = place
     return " ".join(parts)
 
 

@@ -477,8 +477,21 @@ def test_weights_shrink_and_noise_falls_back_to_the_raw_content() -> None:
 
 def test_the_address_of_a_block_is_fixed_for_ever() -> None:
     block = one("float32", 2)
-    known = "ee4ac73c2bd27756ab82780f27c73a7bc4d3f0bb6acb37e008bc27eccd7e588b"
+    known = "9bf01a7d790b008d031ba4fb3928d9b1924c7bfbc56f5f2bcf70dd1c627d5060"
     assert codec.block_hash(block, {"t": np.array([1.0, -2.0], np.float32)}) == known
+
+
+def test_blocks_of_equal_content_but_other_names_shapes_or_dtypes_have_their_own_address() -> None:
+    def address(name: str, dtype: str, *shape: int) -> str:
+        spec = TensorSpec(name=name, shape=shape, dtype=dtype)  # type: ignore[arg-type]
+        block = Block(name="b", tensors=(spec,))
+        return codec.block_hash(block, {name: np.zeros(shape, dtype)})
+
+    addresses = {
+        *(address("norm1.bias", "float32", 4), address("norm2.bias", "float32", 4)),
+        *(address("norm1.bias", "float32", 2, 2), address("norm1.bias", "float64", 2)),
+    }
+    assert len(addresses) == 4
 
 
 def test_damaged_blocks_are_refused() -> None:

@@ -64,7 +64,7 @@ def refusal(text: str) -> str:
 def test_reads_a_minimal_file_with_defaults() -> None:
     profile = parse_profile(toml(), "mine.toml")
     assert profile == PROFILE
-    assert profile.torch_floor_bytes == TORCH_FLOOR_BYTES == 230 * MIB
+    assert profile.torch_floor_bytes == TORCH_FLOOR_BYTES == 180 * MIB
     assert profile.accelerator == ""
     assert profile.sources == {}
 
