@@ -120,7 +120,6 @@ class Agent:
         self._phase = Phase.IDLE
         self._offer: Offer | None = None
         self._waiting: Offer | None = None
-        self._plan: Plan | None = None
         self._entry: SpoolEntry | None = None
         self._incoming: Incoming | None = None
         # A server that folds other updates answers after a second or two; sooner would be noise.
@@ -475,11 +474,10 @@ class Agent:
         offer = self._offer
         assert offer is not None
         try:
-            self._plan = self._make_plan(offer)
+            plan = self._make_plan(offer)
         except EdgeError as error:
             self._sit_out(str(error))
             return
-        plan = self._plan
         log.info(
             "round %d: trains %s, peak %d of %d MiB, %.1f s",
             offer.round, ", ".join(plan.blocks), plan.peak_bytes // MIB, plan.budget_bytes // MIB,
