@@ -39,8 +39,12 @@ _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _counter = itertools.count()
 
 
-def write_atomically(path: Path, data: Data, mode: int = 0o600) -> None:
-    """Put ``data`` at ``path`` durably, or leave what was there; StateError on any disk error."""
+def write_atomically(path: Path, data: Data, mode: int = 0o600, *, durable: bool = True) -> None:
+    """Put ``data`` at ``path``, or leave what was there; StateError on any disk error.
+
+    durable: what is there when this returns survives a power cut. Without it a power cut may leave
+    a torn file, for content whose reader notices and can get it again.
+    """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}"
     with disk_errors("write", path):
         try:
@@ -48,14 +52,16 @@ def write_atomically(path: Path, data: Data, mode: int = 0o600) -> None:
                 os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
             ) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        flush_directory(path.parent)
+        if durable:
+            flush_directory(path.parent)
 
 
 def flush_directory(directory: Path) -> None:
@@ -185,8 +191,8 @@ class BlockCache:
         return self.path(sha256).is_file()
 
     def put(self, sha256: str, payload: Data) -> Path:
-        """Store a fetched block."""
-        write_atomically(self.path(sha256), payload)
+        """Store a fetched block; not durably, for the server still has it and flash wears out."""
+        write_atomically(self.path(sha256), payload, durable=False)
         return self.path(sha256)
 
     def read(self, sha256: str) -> bytes:

@@ -51,9 +51,9 @@ def train_data(part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
 
 def task() -> Task:
     def how(rate: float) -> Training:
-        return Training(optimizer="adamw", learning_rate=rate, batch_size=32, local_epochs=2)
+        return Training(optimizer="adamw", learning_rate=rate, batch_size=64, local_epochs=2)
 
     return Task(name="digits", build_model=VisionTransformer, loss=nn.functional.cross_entropy,
                 train_data=train_data, test_data=lambda: share(0.0, 0.2),
-                public_data=lambda: share(0.2, 0.4), training=how(2e-4),
-                pretraining=how(7e-4))  # fmt: skip
+                public_data=lambda: share(0.2, 0.4), training=how(3e-4),
+                pretraining=how(1e-3))  # fmt: skip

@@ -178,6 +178,7 @@ def _run(
     with _stoppable(None if events else home), Ledger.open(home) as ledger:
         from reference_server.coordinator import Coordinator, ServerSettings
 
+        report({"event": "loaded"})
         settings = ServerSettings(
             url=server_broker.url, job=name, task_path=task_path, state_dir=home,
             min_devices=min_devices, policy=policy, broker=facts, report=report,

@@ -105,15 +105,14 @@ class _Demo:
 
     def run(self) -> dict[str, Any]:
         """Start everything, look after it until the server is done, end it."""
-        # Loading torch takes longest, so the two processes that do it start first; they find the
-        # broker when it is there.
+        # Loading torch takes longest, so the two processes that do it start first, and the devices,
+        # which wait for the server anyway, when it has: the first round is on the screen sooner.
         server = self._start_server()
         try:
             if not self._finished:
                 self._screen.line(self._broker.describe())
                 self._nursery.start()
                 self._broker.start()
-                self._fleet.start()
             while self._report is None:
                 server = self._look_after(server)
                 self._show_news()
@@ -132,10 +131,16 @@ class _Demo:
             what = event.get("event")
             if what == "done":
                 self._report = event["report"]
+            elif what == "loaded":
+                self._start_fleet()
             else:
                 self._screen.show(event)
             if what == "published" and self._first_round_s is None:
                 self._first_round_s = process_age_s()
+
+    def _start_fleet(self) -> None:
+        if not self._finished and not self._fleet.devices:
+            self._fleet.start()
 
     def _look_after(self, server: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         code = server.poll()

@@ -26,7 +26,7 @@ from edge_sdk.trainer import MALLOC, serve
 from reference_server.broker import die_with_parent
 
 # Simulated devices give way to the server and the broker, with whom real ones share no processor.
-GIVE_WAY = ("nice", "-n", "5")
+GIVE_WAY = ("nice", "-n", "10")
 # A device that dies at once is started again, but not in a spin.
 RESTART_WAIT_S = 0.5
 MAX_RESTART_WAIT_S = 10.0
