@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from random import Random
 
@@ -11,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import MalformedMessage, ProtocolMisuse, StateError
-from edge_sdk.pieces import MAX_PIECES, Assembly, Ranges, Window, piece_count, piece_range
+from edge_sdk.pieces import (
+    MAX_PIECES,
+    Assembly,
+    Incoming,
+    Ranges,
+    Window,
+    piece_count,
+    piece_range,
+)
 
 
 def window_of(assembly: Assembly, pieces: int, seed: int = 0) -> Window:
@@ -247,3 +257,65 @@ def test_without_loss_every_piece_is_asked_for_once() -> None:
         for index in wanted:
             assembly.place(index, 10)
     assert asked == list(range(100))
+
+
+CONTENT = bytes(range(256)) * 10
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def incoming(sha256: str = SHA256) -> Incoming:
+    return Incoming(sha256, len(CONTENT), 256, 4, Random(1))
+
+
+def send(into: Incoming, ranges: Ranges, lose: Collection[int] = ()) -> None:
+    for first, stop in ranges:
+        for index in range(first, stop):
+            if index not in lose:
+                into.take(
+                    bytes.fromhex(SHA256)[:8], index, CONTENT[index * 256 : index * 256 + 256]
+                )
+
+
+def test_a_whole_arrives_in_the_windows_it_asks_for() -> None:
+    whole, now_s = incoming(), 0.0
+    while not whole.complete:
+        ranges = whole.want(now_s)
+        assert sum(stop - first for first, stop in ranges) <= 4
+        send(whole, ranges)
+        now_s += 0.1
+    whole.verify()
+    assert bytes(whole.content) == CONTENT
+    assert whole.want(now_s) == ()
+
+
+def test_what_was_lost_is_asked_for_again_at_the_deadline() -> None:
+    whole = incoming()
+    send(whole, whole.want(0.0), lose=(1,))
+    send(whole, whole.want(0.1))
+    missing = whole.want(whole.deadline_s)
+    assert missing[0] == (1, 2)
+
+
+def test_after_a_lost_link_everything_missing_is_asked_for_at_once() -> None:
+    whole = incoming()
+    assert whole.want(0.0) == ((0, 4),)
+    assert whole.want(0.1) == ()
+    whole.forget_asked()
+    assert whole.want(0.2) == ((0, 4),)
+
+
+def test_pieces_of_another_whole_and_duplicates_change_nothing() -> None:
+    whole = incoming()
+    assert not whole.take(b"another!", 0, CONTENT[:256])
+    assert whole.take(bytes.fromhex(SHA256)[:8], 0, CONTENT[:256])
+    assert not whole.take(bytes.fromhex(SHA256)[:8], 0, bytes(256))
+    assert bytes(whole.content[:256]) == CONTENT[:256]
+
+
+def test_a_whole_without_its_hash_is_refused() -> None:
+    whole = incoming("00" * 32)
+    for index in range(10):
+        whole.take(bytes(8), index, CONTENT[index * 256 : index * 256 + 256])
+    assert whole.complete
+    with pytest.raises(MalformedMessage, match="announced was 0000"):
+        whole.verify()
