@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from random import Random
 
-from edge_sdk.errors import MalformedMessage, ProtocolMisuse, StateError
+from edge_sdk.errors import MalformedMessage, ProtocolMisuse
 
 MAX_PIECES = 1 << 20  # one byte of bookkeeping each; at 128 KiB a piece this is 128 GiB
 _MAX_DOUBLINGS = 16  # past any cap in use, and far from where a float overflows
@@ -91,30 +91,6 @@ class Assembly:
     def missing_before(self, stop: int) -> int:
         """How many pieces below ``stop`` are missing."""
         return self._arrived.count(0, 0, stop)
-
-    def snapshot(self) -> bytes:
-        """The bitmap, one bit per piece, to keep beside a partial file."""
-        bits = int(bytes(self._arrived[::-1]).translate(_TO_DIGITS) or b"0", 2)
-        return bits.to_bytes(-(-self.pieces // 8), "little")
-
-    @classmethod
-    def restore(cls, size_bytes: int, piece_bytes: int, snapshot: bytes) -> Assembly:
-        """The assembly whose ``snapshot`` this is; StateError if it is that of another whole."""
-        assembly = cls(size_bytes, piece_bytes)
-        bits = int.from_bytes(snapshot, "little")
-        if len(snapshot) != -(-assembly.pieces // 8) or bits >> assembly.pieces:
-            raise StateError(
-                f"stored bitmap of {len(snapshot)} bytes is not that of {assembly.pieces} pieces; "
-                "delete the partial file to fetch it anew"
-            )
-        digits = f"{bits:0{assembly.pieces}b}"[::-1] if assembly.pieces else ""
-        assembly._arrived[:] = digits.encode().translate(_FROM_DIGITS)
-        assembly.received = bits.bit_count()
-        return assembly
-
-
-_TO_DIGITS = bytes.maketrans(b"\x00\x01", b"01")
-_FROM_DIGITS = bytes.maketrans(b"01", b"\x00\x01")
 
 
 class Window:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -290,10 +290,8 @@ class Coordinator:
     def _to(self, device: str, message: Any) -> None:
         self._link.publish(self._topics.down(device), encode(message))
 
-    def _announce(self, state: str) -> None:
-        head = msgspec.convert(
-            {"boot": self._boot, "version": self._manifest.version, "state": state}, Head
-        )
+    def _announce(self, state: Literal["running", "done"]) -> None:
+        head = Head(boot=self._boot, version=self._manifest.version, state=state)
         self._link.publish(self._topics.head, encode(head), retain=True)
 
     def _repeat(self) -> None:
@@ -346,6 +344,10 @@ class Coordinator:
         if isinstance(answer, Receipt):
             self._known_answers, self._last_answer_s = None, now_s
             self._report.answered(answer.round, device)
+            row = self._row
+            if row is not None and row.phase is Phase.OPEN:
+                left_s = self._opened_at_s + self._settings.policy.given_s(row.extensions) - now_s
+                self._ledger.keep_time(self._settings.job, row.round, left_s)
             event = {"event": "update", "device": device, "round": answer.round}
             self._say({**event, "verdict": answer.verdict, "reason": answer.reason})
 
