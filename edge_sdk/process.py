@@ -1,4 +1,4 @@
-"""What processes use: resident memory and its peak, CPU time, age; and how to give memory back."""
+"""What processes use: resident memory and its peak, CPU time; and how to give memory back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +44,6 @@ def process_cpu_s(pid: int | None = None) -> float:
     except psutil.Error:
         return 0.0
     return float(times.user + times.system)
-
-
-def process_age_s(pid: int | None = None) -> float:
-    """Seconds since a process was started, by the wall clock; 0 if it has ended."""
-    import psutil
-
-    try:
-        return max(0.0, time.time() - float(psutil.Process(pid).create_time()))
-    except psutil.Error:
-        return 0.0
 
 
 def process_peak_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:

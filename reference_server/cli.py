@@ -31,6 +31,8 @@ PROGRAM = "reference-server"
 PATH = click.Path(path_type=Path)
 DEFAULT_PORT = 1883
 DEFAULT_ROUND_S = 60.0
+# When the command began, on the monotonic clock. Not the process's age: a script may have become us.
+STARTED_S = time.monotonic() - time.process_time()
 
 
 @click.group(context_settings={"max_content_width": 100}, invoke_without_command=True)
@@ -120,8 +122,9 @@ def _simulate(task_path: Path, devices: str, options: dict[str, Any]) -> None:
     _check_terms(options)
     _check_json_path(json_path)
     settings = demos.DemoSettings(
-        task_path=task_path, state_dir=state_dir, job="demo", profiles=profiles, **options
-    )
+        task_path=task_path, state_dir=state_dir, job="demo", profiles=profiles,
+        started_s=STARTED_S, **options,
+    )  # fmt: skip
     with _stoppable(state_dir):
         _write_json(json_path, demos.run(settings))
 

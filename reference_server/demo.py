@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 import msgspec
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.process import process_age_s
 from edge_sdk.profile import load_profile
 from edge_sdk.store import DirectoryLock, make_directory, write_atomically
 from reference_server import broker as brokers
@@ -52,6 +52,7 @@ class DemoSettings:
     strategy: str = "last_blocks"
     codec: str = "int8"
     rounds: int = 10
+    started_s: float
     round_s: float
     deadline_s: float
     seed: int = 0
@@ -136,7 +137,10 @@ class _Demo:
             else:
                 self._screen.show(event)
             if what == "published" and self._first_round_s is None:
-                self._first_round_s = process_age_s()
+                self._first_round_s = self._since_start_s()
+
+    def _since_start_s(self) -> float:
+        return time.monotonic() - self._settings.started_s
 
     def _start_fleet(self) -> None:
         if not self._finished and not self._fleet.devices:
@@ -206,7 +210,7 @@ class _Demo:
         else:
             report["broker"] = {"kind": self._broker.kind, "version": self._broker.version}
             report["first_round_s"] = self._first_round_s
-            report["wall_s"] = process_age_s()
+            report["wall_s"] = self._since_start_s()
             write_atomically(_report_path(self._settings), msgspec.json.encode(report), mode=0o644)
         for line in summary(report):
             self._screen.line(line)
