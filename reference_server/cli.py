@@ -31,7 +31,7 @@ PROGRAM = "reference-server"
 PATH = click.Path(path_type=Path)
 DEFAULT_PORT = 1883
 DEFAULT_ROUND_S = 60.0
-# When the command began, on the monotonic clock. Not the process's age: a script may have become us.
+# When the command began, monotonic. Not the process's age: a script may have become this process.
 STARTED_S = time.monotonic() - time.process_time()
 
 
