@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,23 @@ def broker(broker_kind: str, tmp_path: Path) -> Iterator[BrokerProcess]:
 def inbox() -> queue.SimpleQueue[LinkEvent]:
     """Where a link under test reports."""
     return queue.SimpleQueue()
+
+
+@pytest.fixture
+def no_broker() -> Iterator[str]:
+    """The address of something that answers, but not in MQTT."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as connection:
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(5)

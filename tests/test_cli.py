@@ -8,7 +8,6 @@ import pty
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -337,26 +336,6 @@ def test_a_task_whose_data_fails_is_refused(edge: Edge, task_path: Path) -> None
 
 
 # run
-
-
-@pytest.fixture
-def no_broker() -> Iterator[str]:
-    """The address of something that answers, but not in MQTT."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer() -> None:
-        with suppress(OSError):
-            while True:
-                with listener.accept()[0] as connection:
-                    connection.recv(4096)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    yield f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(5)
 
 
 def run_words(task_path: Path, url: str, state: Path) -> list[str]:

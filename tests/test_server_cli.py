@@ -10,9 +10,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +88,6 @@ def finished(digits_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Sim
 def state(finished: Simulation, tmp_path: Path) -> Path:
     """A copy of that state, to be spoiled."""
     return Path(shutil.copytree(finished.state, tmp_path / "s"))
-
-
-@pytest.fixture
-def no_broker() -> Iterator[str]:
-    """The address of something that answers, but not in MQTT."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer() -> None:
-        with suppress(OSError):
-            while True:
-                with listener.accept()[0] as connection:
-                    connection.recv(4096)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    yield f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(5)
 
 
 def assert_refused(done: Done, code: int, *patterns: str) -> None:
