@@ -8,6 +8,7 @@ leads to an earlier candidate being skipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -44,13 +45,38 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class FrozenPrefix(msgspec.Struct, frozen=True, kw_only=True):
+    """How the frozen blocks below the lowest trained one are run.
+
+    blocks: the frozen blocks that feed no gradient, from the input upwards; may be empty.
+    engine: what computes their output: torch without autograd, or ONNX Runtime in float32 or int8.
+    cache:  whether each sample's output is kept after the first time, and where.
+    dtype:  how a kept output is stored.
+    """
+
+    blocks: tuple[str, ...] = ()
+    engine: Literal["torch", "onnx", "onnx_int8"] = "torch"
+    cache: Literal["none", "memory", "disk"] = "none"
+    dtype: Literal["float32", "float16"] = "float32"
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device will do in a round, with what that is predicted to cost."""
+    """What a device will do in a round, with what that is predicted to cost.
+
+    steps:            optimiser steps; None: all steps of the local epochs.
+    checkpoint:       activations inside a block are dropped and computed again in backward.
+    step_in_backward: a parameter is updated, and its gradient dropped, as soon as that is complete;
+                      only with ``micro_batch == batch_size``.
+    """
 
     blocks: tuple[str, ...]
     batch_size: int
     micro_batch: int
     codec: str
+    steps: int | None = None
+    checkpoint: bool = False
+    step_in_backward: bool = False
+    prefix: FrozenPrefix = FrozenPrefix()
     peak_bytes: int
     budget_bytes: int
     train_s: float
