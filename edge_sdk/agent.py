@@ -19,35 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk import __version__
+from edge_sdk.assignment import Damaged, Down, Fits, GaveUp, Outcome
 from edge_sdk.errors import (
-    MIB,
     ConfigError,
-    EdgeError,
     MalformedMessage,
     PeerError,
     Refused,
-    TaskError,
 )
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
-from edge_sdk.offers import plan_for
 from edge_sdk.pieces import Incoming
-from edge_sdk.plan import Limits, Plan
-from edge_sdk.probe import budget_now
-from edge_sdk.process import process_cpu_s, process_peak_bytes
-from edge_sdk.profile import Budget, DeviceProfile
+from edge_sdk.process import process_peak_bytes
+from edge_sdk.profile import DeviceProfile
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
 from edge_sdk.store import BlockCache, Spool, SpoolEntry
-from edge_sdk.trainer import (
-    Described,
-    Failed,
-    Setup,
-    Train,
-    Trained,
-    Trainer,
-    TrainerDied,
-    TrainerSaid,
-)
+from edge_sdk.supervisor import Supervisor
+from edge_sdk.trainer import Described, Setup, Trained, TrainerDied, TrainerSaid
 from edge_sdk.wire import (
     Decline,
     Head,
@@ -71,9 +58,6 @@ from edge_sdk.wire import (
 WINDOW_PIECES = 16
 # One answer to a Want: what a server may make this device hold, whatever it asks for.
 MAX_PIECES_PER_WANT = 64
-# Each kill of the trainer lowers what its next plan may use to this share.
-LOWER_SHARE = 0.85
-MAX_KILLS = 4
 # A flash card that damages one block is fetched for again; a source of wrong blocks is given up.
 MAX_DAMAGED = 5
 # How long a device waits for a receipt after the job is over.
@@ -114,9 +98,8 @@ class Agent:
         self._spool = Spool(settings.state_dir / "spool")
         self._cache.sweep()
         self._spool.sweep()
-        self._trainer = Trainer(self._setup(), self._inbox, settings.nursery)
+        self._supervisor = self._make_supervisor()
         self._link = self._make_link()
-        self._described: Described | None = None
         self._phase = Phase.IDLE
         self._offer: Offer | None = None
         self._waiting: Offer | None = None
@@ -128,15 +111,14 @@ class Agent:
         self._last_receipt = -1
         self._boot = ""
         self._why = ""
-        self._memory_share, self._kills, self._damaged = 1.0, 0, 0
+        self._damaged, self._deadline_at_s = 0, 0.0
         self._up_mark = self._down_mark = 0
         self._cpu_mark_s = 0.0
         self._done_at_s: float | None = None
-        self._train_when_described = False
 
     def run(self) -> None:
         """Take part until the job is over; raises what the user can fix or has to know."""
-        self._trainer.start()
+        self._supervisor.start()
         self._link.subscribe(self._topics.down(self._settings.device))
         self._link.subscribe(self._topics.head)
         self._link.start()
@@ -148,20 +130,31 @@ class Agent:
                     self._handle(self._inbox.get())
                 self._repeat()
         finally:
-            self._trainer.stop()
+            self._supervisor.stop()
             self._say(Presence(state="sleeping", session=self._session_id))
             self._link.close()
 
-    def _setup(self) -> Setup:
+    def _make_supervisor(self) -> Supervisor:
         mine = self._settings
-        return Setup(
+        setup = Setup(
             job=mine.job,
             task_path=str(mine.task_path),
             part=mine.part,
             parts=mine.parts,
             cache_dir=str(mine.state_dir / "blocks"),
             spool_dir=str(mine.state_dir / "spool"),
+            prefix_dir=str(mine.state_dir / "prefix"),
+            storage_bytes=mine.profile.storage_bytes,
             threads=mine.threads,
+        )
+        return Supervisor(
+            setup,
+            mine.profile,
+            self._inbox,
+            mine.report,
+            state_dir=mine.state_dir,
+            flag_bytes=mine.memory_bytes,
+            nursery=mine.nursery,
         )
 
     def _make_link(self) -> Link:
@@ -180,9 +173,10 @@ class Agent:
 
     def _next(self) -> Any:
         now_s = time.monotonic()
-        due = [
-            t for t in (self._hello.due_s, self._open.due_s, self._fetch_due_s()) if t is not None
-        ]
+        times = (
+            self._hello.due_s, self._open.due_s, self._fetch_due_s(), self._supervisor.due_s()
+        )  # fmt: skip
+        due = [t for t in times if t is not None]
         if self._done_at_s is not None:
             due.append(self._done_at_s + LAST_RECEIPT_S)
         try:
@@ -202,10 +196,8 @@ class Agent:
                 f"another client connects as device {self._settings.device!r}: each device needs "
                 "its own --device and --state"
             )
-        elif isinstance(event, TrainerSaid) and event.life == self._trainer.life:
-            self._trainer_said(event.answer)
-        elif isinstance(event, TrainerDied) and event.life == self._trainer.life:
-            self._trainer_died(event.exit_code)
+        elif isinstance(event, (TrainerSaid, TrainerDied)):
+            self._outcome(self._supervisor.heard(event))
 
     def _repeat(self) -> None:
         now_s = time.monotonic()
@@ -216,6 +208,7 @@ class Agent:
         due_s = self._fetch_due_s()
         if due_s is not None and now_s >= due_s:
             self._ask_for_pieces()
+        self._outcome(self._supervisor.watch(now_s))
 
     def _finished(self) -> bool:
         if self._done_at_s is None:
@@ -262,7 +255,8 @@ class Agent:
             self._ask_for_pieces()
 
     def _greet(self) -> None:
-        if self._described is None or not self._link.connected:
+        described = self._supervisor.described
+        if described is None or not self._link.connected:
             self._hello.answered()
             return
         self._presence()
@@ -272,10 +266,10 @@ class Agent:
                 session=self._session_id,
                 sdk=__version__,
                 profile=profile.name,
-                memory_bytes=self._budget().memory_bytes,
+                memory_bytes=self._supervisor.budget().memory_bytes,
                 flops_per_s=profile.flops_per_s,
-                spec_digest=self._described.table.spec.digest(),
-                num_examples=self._described.num_examples,
+                spec_digest=described.table.spec.digest(),
+                num_examples=described.num_examples,
             )
         )
         self._hello.arm(time.monotonic())
@@ -288,6 +282,7 @@ class Agent:
         if head.state == "done":
             if self._done_at_s is None:
                 self._done_at_s, self._incoming = time.monotonic(), None
+                self._supervisor.drop()
                 self._step(Event.DONE)
         elif head.boot != self._boot:
             self._greet()
@@ -304,11 +299,12 @@ class Agent:
 
     def _offered(self, offer: Offer) -> None:
         self._hello.answered()
-        if self._described is None:
+        if self._supervisor.described is None:
             return  # it answers an earlier life; this one has not greeted yet
         newest = self._waiting or self._offer
         if newest is not None and (offer.round, offer.ticket) == (newest.round, newest.ticket):
             if self._phase is not Phase.IDLE:
+                self._set_deadline(offer)  # it may have been put off
                 return
         elif newest is not None and offer.round < newest.round:
             return
@@ -317,7 +313,8 @@ class Agent:
             return
         if offer.round <= self._last_receipt:
             return
-        self._offer, self._kills, self._memory_share, self._damaged = offer, 0, 1.0, 0
+        self._offer, self._damaged = offer, 0
+        self._set_deadline(offer)
         missing = [e.size_bytes for e in offer.blocks if not self._cache.has(e.sha256)]
         self._fetch_bytes = sum(missing)
         self._step(Event.OFFERED)
@@ -368,63 +365,28 @@ class Agent:
 
     # -- the trainer ------------------------------------------------------------------------
 
-    def _trainer_said(self, answer: Described | Trained | Failed) -> None:
-        if isinstance(answer, Described):
-            self._described = answer
-            self._trainer.pid = answer.pid
-            if self._train_when_described:
-                self._train()
-            else:
-                self._greet()
-                self._send_leftovers()
-        elif self._described is None and isinstance(answer, Failed):
-            raise TaskError(answer.message)
-        elif self._phase is Phase.TRAINING and answer.round == self._offer_round():
-            self._trained(answer)
-
-    def _offer_round(self) -> int:
-        return self._offer.round if self._offer is not None else -1
-
-    def _trained(self, answer: Trained | Failed) -> None:
-        if isinstance(answer, Trained):
+    def _outcome(self, outcome: Outcome | None) -> None:
+        if isinstance(outcome, Described):
+            self._greet()
+            self._send_leftovers()
+        elif isinstance(outcome, Fits):
+            self._fetch()
+        elif isinstance(outcome, Trained):
             self._step(Event.TRAINED)
-            return
-        log.warning("round %d: %s", answer.round, answer.message)
-        if answer.kind == "damaged":
+        elif isinstance(outcome, Down):
+            self._step(Event.KILLED)
+        elif isinstance(outcome, GaveUp):
+            self._sit_out(outcome.reason)
+        elif isinstance(outcome, Damaged):
             self._damaged += 1
             if self._damaged > MAX_DAMAGED:
-                self._sit_out(f"blocks arrived damaged {self._damaged} times: {answer.message}")
+                self._sit_out(f"blocks arrived damaged {self._damaged} times: {outcome.message}")
             else:
                 self._step(Event.DAMAGED)
-        elif answer.kind == "memory":
-            self._kills += 1
-            if self._lower():
-                self._train()
-        else:
-            self._sit_out(answer.message)
 
-    def _trainer_died(self, exit_code: int | None) -> None:
-        self._kills += 1
-        log.warning("the trainer died (exit code %s)", exit_code)
-        if self._described is None and self._kills >= MAX_KILLS:
-            raise ConfigError(
-                f"the trainer died {self._kills} times before it could describe the task (exit "
-                f"code {exit_code}); run `edge-sdk doctor`, and the task file by itself"
-            )
-        self._trainer.start()
-        self._step(Event.KILLED)
-
-    def _lower(self) -> bool:
-        """Allow the next plan less memory; False when there is no next one."""
-        self._memory_share *= LOWER_SHARE
-        if self._kills < MAX_KILLS:
-            return True
-        self._sit_out(f"the trainer was killed {self._kills} times in this round")
-        return False
-
-    def _train_lower(self) -> None:
-        """The trainer was killed while training: plan smaller once the new one is there."""
-        self._train_when_described = self._lower()
+    def _set_deadline(self, offer: Offer) -> None:
+        self._deadline_at_s = time.monotonic() + offer.deadline_s
+        self._supervisor.extend(self._deadline_at_s)
 
     def _sit_out(self, why: str) -> None:
         self._why = why
@@ -435,13 +397,8 @@ class Agent:
     def _take_up(self) -> None:
         """Fetch for an offer, once it is sure that it can be carried out."""
         assert self._offer is not None
-        self._incoming, self._train_when_described = None, False
-        try:
-            self._make_plan(self._offer)
-        except EdgeError as error:
-            self._sit_out(str(error))
-        else:
-            self._fetch()
+        self._incoming = None
+        self._outcome(self._supervisor.take_up(self._offer, self._fetch_bytes))
 
     def _fetch(self) -> None:
         """Ask for the next block the cache lacks; without one, go on."""
@@ -470,47 +427,9 @@ class Agent:
         return self._incoming.deadline_s if self._incoming is not None else None
 
     def _train(self) -> None:
-        self._train_when_described = False
-        offer = self._offer
-        assert offer is not None
-        try:
-            plan = self._make_plan(offer)
-        except EdgeError as error:
-            self._sit_out(str(error))
-            return
-        log.info(
-            "round %d: trains %s, peak %d of %d MiB, %.1f s",
-            offer.round, ", ".join(plan.blocks), plan.peak_bytes // MIB, plan.budget_bytes // MIB,
-            plan.round_s,
-        )  # fmt: skip
-        for left in plan.left_out:
-            log.info("round %d: not %s: %s", offer.round, ", ".join(left.blocks), left.reason)
-        self._settings.report(
-            {"event": "plan", "round": offer.round, "blocks": plan.blocks, "seconds": plan.round_s}
-        )
+        assert self._offer is not None
         self._presence()
-        self._trainer.train(Train(offer=offer, plan=plan))
-
-    def _make_plan(self, offer: Offer) -> Plan:
-        described = self._described
-        assert described is not None
-        profile = self._settings.profile
-        memory = self._budget()
-        limits = Limits(
-            memory_bytes=int(memory.memory_bytes * self._memory_share),
-            bound_by=memory.bound_by,
-            floor_bytes=described.floor_bytes,
-            flops_per_s=profile.flops_per_s,
-            uplink_bytes_per_s=profile.uplink_bytes_per_s,
-            downlink_bytes_per_s=profile.downlink_bytes_per_s,
-            deadline_s=offer.deadline_s,
-            fetch_bytes=self._fetch_bytes,
-        )
-        return plan_for(offer, described.table, limits, described.num_examples)
-
-    def _budget(self) -> Budget:
-        mine = self._settings
-        return budget_now(mine.profile, flag_bytes=mine.memory_bytes, trainer_pid=self._trainer.pid)
+        self._outcome(self._supervisor.train(self._offer, self._deadline_at_s))
 
     def _send_leftovers(self) -> None:
         """An update of an earlier life, or of a plan given up, still needs its receipt."""
@@ -559,8 +478,7 @@ class Agent:
     def _tally(self, round_number: int) -> None:
         """Report what the round cost on the socket and in both processes."""
         up, down = self._link.sent_bytes, self._link.received_bytes
-        pids = [p for p in (os.getpid(), self._trainer.pid) if p]
-        cpu_s = sum(process_cpu_s(pid) for pid in pids)
+        cpu_s = self._supervisor.cpu_s
         self._say(
             Tally(
                 round=round_number,
@@ -568,9 +486,7 @@ class Agent:
                 down_bytes=down - self._down_mark,
                 cpu_s=max(0.0, cpu_s - self._cpu_mark_s),
                 agent_rss_bytes=process_peak_bytes(os.getpid()),
-                trainer_peak_bytes=process_peak_bytes(self._trainer.pid)
-                if self._trainer.pid
-                else 0,
+                trainer_peak_bytes=self._supervisor.peak_bytes,
             )
         )
         self._up_mark, self._down_mark, self._cpu_mark_s = up, down, cpu_s
@@ -588,8 +504,8 @@ _HANDLERS: dict[type, Callable[[Agent, Any], None]] = {
 _EFFECTS: dict[Effect, Callable[[Agent], None]] = {
     Effect.FETCH: Agent._take_up,
     Effect.TRAIN: Agent._train,
-    Effect.RETRAIN_LOWER: Agent._train_lower,
-    Effect.STOP_TRAINER: lambda agent: agent._trainer.give_up(),
+    Effect.RETRAIN_LOWER: lambda agent: agent._outcome(agent._supervisor.train_again()),
+    Effect.STOP_TRAINER: lambda agent: agent._supervisor.drop(),
     Effect.SEND_UPDATE: Agent._send_update,
     Effect.FORGET_UPDATE: Agent._forget_update,
     Effect.DECLINE: Agent._decline,

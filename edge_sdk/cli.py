@@ -13,54 +13,38 @@ import random
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 from edge_sdk import __version__
-from edge_sdk.cost import CostTable
-from edge_sdk.errors import (
-    MIB,
-    ConfigError,
-    EdgeError,
-    LinkError,
-    NothingFits,
-    PeerError,
-    ProtocolMisuse,
-    TaskError,
+from edge_sdk.cli_plan import plan, profile
+from edge_sdk.cli_rehearse import tune
+from edge_sdk.console import (
+    MEASURE,
+    PATH,
+    check_part,
+    extra,
+    home,
+    json_option,
+    pip,
+    print_json,
+    quick_probe,
+    state_option,
+    write,
 )
-from edge_sdk.profile import DeviceProfile, budget, load_profile, profile_toml, shipped_profiles
-from edge_sdk.wire import DEVICE_ID, Training
+from edge_sdk.errors import MIB, ConfigError, EdgeError, LinkError, PeerError, ProtocolMisuse
+from edge_sdk.profile import DeviceProfile, load_profile, profile_toml
+from edge_sdk.wire import DEVICE_ID
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from edge_sdk.plan import Plan
-    from edge_sdk.screen import Outcome
-
-PATH = click.Path(path_type=Path)
-MEASURE, ALL = "measure", "all"
-# Costs of the largest model allowed are well below.
-MAX_COST_TABLE_BYTES = 64 * MIB
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-state_option = click.option(
-    "--state", "state_dir", type=PATH, help="State directory.  [default: below ~/.edge-sdk]"
-)
-
-
-class CostFile(CostTable, frozen=True, kw_only=True):
-    """A stored cost table, and what of its task a plan depends on besides."""
-
-    training: Training = Training()
-    num_examples: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)] | None = None
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -72,207 +56,9 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-@cli.command()
-@click.option("--quick", is_flag=True, help="Within 2 seconds instead of 5.")
-@click.option("--name", help="Label of the profile.  [default: made from the board's name]")
-@click.option("--save", "save_path", type=PATH, help="Write the profile here, as TOML.")
-@state_option
-@json_option
-def profile(
-    quick: bool, name: str | None, save_path: Path | None, state_dir: Path | None, as_json: bool
-) -> None:
-    """Measure this machine. Every figure says where it comes from and how much it varied."""
-    from edge_sdk.probe import probe
-    from edge_sdk.screen import profile_lines
-
-    _progress("measuring memory, storage and processor")
-    result = probe(quick, state_dir or _home(), name=name)
-    if save_path is not None:
-        _write(save_path, profile_toml(result.profile).encode())
-    if as_json:
-        _print_json(
-            {
-                "profile": msgspec.to_builtins(result.profile),
-                "took_s": result.took_s,
-                "spreads": result.spreads,
-                "not_measured": result.not_measured,
-            }
-        )
-        return
-    click.echo("\n".join(profile_lines(result)))
-
-
-@cli.command()
-@click.option("--task", "task_path", type=PATH, help="A Python file with task(); needs torch.")
-@click.option("--cost-table", "table_path", type=PATH, help="Costs stored earlier; without torch.")
-@click.option("--profile", "profile_name", required=True, help="A name, a TOML file, measure, all.")
-@click.option("--strategy", default="last_blocks", show_default=True)
-@click.option("--codec", default="int8", show_default=True, help="Updates as fp32, fp16 or int8.")
-@click.option("--deadline-s", type=click.FloatRange(0.1, 1e7), default=60.0, show_default=True)
-@click.option("--memory-mb", type=click.IntRange(1, 1 << 30), help="Use at most so many MiB.")
-@click.option("--batch-size", type=click.IntRange(1, 65536), help="Instead of the task's.")
-@click.option("--num-examples", type=click.IntRange(1, 1 << 40), help="Instead of the data's.")
-@click.option("--part", type=click.IntRange(0), default=0, show_default=True, help="Whose data.")
-@click.option("--parts", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--save-cost-table", "save_path", type=PATH, help="Store the costs as JSON.")
-@json_option
-def plan(
-    task_path: Path | None, table_path: Path | None, part: int, parts: int,
-    batch_size: int | None, num_examples: int | None, save_path: Path | None,
-    profile_name: str, as_json: bool, **terms: Any,
-) -> None:  # fmt: skip
-    """Show what a device would train. What each block costs, and why not more; no network."""
-    _check_part(part, parts)
-    _check_terms(**terms)
-    profiles = _profiles(profile_name)
-    if table_path is not None and task_path is None:
-        costs = _read_costs(table_path)
-    elif task_path is not None and table_path is None:
-        costs = _measure_costs(task_path, part, parts)
-    else:
-        raise ConfigError("give either --task FILE or --cost-table FILE")
-    if save_path is not None:
-        _write(save_path, msgspec.json.format(msgspec.json.encode(costs)) + b"\n")
-    training = msgspec.structs.replace(
-        costs.training, batch_size=batch_size or costs.training.batch_size
-    )
-    examples = num_examples or costs.num_examples
-    if examples is None:
-        raise ConfigError(f"cost table {table_path} does not say num_examples; give --num-examples")
-    costs = msgspec.structs.replace(costs, training=training, num_examples=examples)
-    outcomes = [(p, *_try_plan(costs, p, examples, **terms)) for p in profiles]
-    _show_plans(costs, outcomes, terms, single=profile_name != ALL, as_json=as_json)
-
-
-def _check_terms(strategy: str, codec: str, **_: Any) -> None:
-    """Fail before anything is measured when a name does not exist."""
-    from edge_sdk.cost import bits_per_param
-    from edge_sdk.strategies import strategy_named
-
-    strategy_named(strategy)
-    bits_per_param(codec)
-
-
-def _check_part(part: int, parts: int) -> None:
-    if part >= parts:
-        raise ConfigError(
-            f"--part {part} does not exist: with --parts {parts} it is 0 to {parts - 1}"
-        )
-
-
-def _profiles(name: str) -> list[DeviceProfile]:
-    if name == ALL:
-        return [load_profile(shipped) for shipped in shipped_profiles()]
-    return [_quick_probe(_home()) if name == MEASURE else load_profile(name)]
-
-
-def _measure_costs(task_path: Path, part: int, parts: int) -> CostFile:
-    from edge_sdk.task import check_task_file, load_task
-
-    check_task_file(task_path)
-    _progress("loading torch")
-    with _extra("train"):
-        from edge_sdk.model import BlockModel
-        from edge_sdk.train import Samples, costs
-    task = load_task(task_path)
-    _progress(f"measuring the costs of task {task.name!r}")
-    model = BlockModel(task)
-    where = f"task {task.name!r}: train_data({part}, {parts})"
-    try:
-        data = task.train_data(part, parts)
-    except Exception as error:
-        raise TaskError(f"{where} failed: {type(error).__name__}: {error}") from error
-    samples = Samples(data, where)
-    table = costs(model, samples)
-    return CostFile(
-        task=table.task,
-        spec=table.spec,
-        blocks=table.blocks,
-        training=task.training,
-        num_examples=samples.count,
-    )
-
-
-def _read_costs(path: Path) -> CostFile:
-    """A stored cost table; ConfigError when the file is anything else."""
-    advice = f"make one with `edge-sdk plan --task FILE --save-cost-table {path}`"
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_COST_TABLE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cost table {path}: {error.strerror or error}; {advice}") from error
-    if len(data) > MAX_COST_TABLE_BYTES:
-        raise ConfigError(f"cost table {path}: over {MAX_COST_TABLE_BYTES} bytes; {advice}")
-    try:
-        return msgspec.json.decode(data, type=CostFile)
-    except (msgspec.MsgspecError, ConfigError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"cost table {path}: {error}; {advice}") from error
-
-
-def _try_plan(
-    costs: CostFile, profile: DeviceProfile, num_examples: int, *,
-    strategy: str, codec: str, deadline_s: float, memory_mb: int | None,
-) -> tuple[Plan | None, str]:  # fmt: skip
-    """The plan, or None and why nothing fits."""
-    from edge_sdk.cost import bits_per_param
-    from edge_sdk.plan import Limits, choose
-    from edge_sdk.strategies import strategy_named
-
-    flag_bytes = None if memory_mb is None else memory_mb * MIB
-    limit = budget(profile, available_bytes=None, cgroup_limit_bytes=None, flag_bytes=flag_bytes)
-    limits = Limits(
-        memory_bytes=limit.memory_bytes,
-        bound_by=limit.bound_by,
-        floor_bytes=profile.torch_floor_bytes,
-        flops_per_s=profile.flops_per_s,
-        uplink_bytes_per_s=profile.uplink_bytes_per_s,
-        downlink_bytes_per_s=profile.downlink_bytes_per_s,
-        deadline_s=deadline_s,
-    )
-    try:
-        chosen = choose(
-            costs,
-            strategy_named(strategy).candidates(costs.spec, costs.spec.names),
-            costs.training,
-            limits,
-            num_examples=num_examples,
-            codec=codec,
-            bits_per_param=bits_per_param(codec),
-        )
-    except NothingFits as error:
-        return None, str(error)
-    return chosen, ""
-
-
-def _show_plans(
-    costs: CostFile, outcomes: list[Outcome], terms: dict[str, Any], *, single: bool, as_json: bool
-) -> None:
-    """Print what was planned; with a single profile, NothingFits after that."""
-    from edge_sdk.screen import block_costs, block_lines, board_lines, plan_lines
-
-    profile, chosen, reason = outcomes[0]
-    if as_json:
-        plans = [
-            {"profile": p.name, "plan": msgspec.to_builtins(found), "reason": why}
-            for p, found, why in outcomes
-        ]
-        head = {
-            "task": costs.task,
-            **terms,
-            "training": msgspec.to_builtins(costs.training),
-            "num_examples": costs.num_examples,
-            "blocks": block_costs(costs),
-        }
-        _print_json({**head, **plans[0]} if single else {**head, "plans": plans})
-    else:
-        lines = [*block_lines(costs, costs.num_examples or 0), ""]
-        if not single:
-            lines += board_lines(outcomes, len(costs.blocks))
-        elif chosen is not None:
-            lines += plan_lines(profile, chosen)
-        click.echo("\n".join(lines))
-    if single and chosen is None:
-        raise NothingFits(f"{profile.name}: {reason}")
+cli.add_command(profile)
+cli.add_command(plan)
+cli.add_command(tune)
 
 
 @cli.command()
@@ -316,13 +102,13 @@ def _run(
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     check_task_file(task_path)
-    _check_part(part, parts)
+    check_part(part, parts)
     if nursery is None and find_spec("torch") is None:
-        raise ConfigError(f"torch is not installed: {_pip('train')}")
+        raise ConfigError(f"torch is not installed: {pip('train')}")
     address = parse_address(broker)
     if re.match(DEVICE_ID, job) is None:
         raise ConfigError(f"--job {job!r}: use 1 to 64 of the characters a-z, 0-9 and '-'")
-    state_dir = make_directory(state_dir or _home() / job)
+    state_dir = make_directory(state_dir or home() / job)
     lock = DirectoryLock(state_dir)
     try:
         identity = Identity.load_or_create(
@@ -355,15 +141,8 @@ def _own_profile(name: str, state_dir: Path) -> DeviceProfile:
         return load_profile(name)
     path = state_dir / "profile.toml"
     if not path.exists():
-        _write(path, profile_toml(_quick_probe(state_dir)).encode())
+        write(path, profile_toml(quick_probe(state_dir)).encode())
     return load_profile(path)
-
-
-def _quick_probe(state_dir: Path) -> DeviceProfile:
-    from edge_sdk.probe import probe
-
-    _progress("measuring this machine")
-    return probe(True, state_dir).profile
 
 
 class _Terminated(BaseException):
@@ -408,7 +187,7 @@ def infer(
     """Run an exported model on arrays from a file."""
     if not model_path.is_file():
         raise ConfigError(f"model {model_path}: no such file; give an exported .onnx file")
-    with _extra("infer"):
+    with extra("infer"):
         from edge_sdk.infer import OnnxModel
     from edge_sdk.screen import infer_lines, top_classes
 
@@ -420,7 +199,7 @@ def infer(
     if output_path is not None:
         _save_arrays(output_path, outputs)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": str(model_path),
                 "inputs": {name: list(array.shape) for name, array in inputs.items()},
@@ -476,7 +255,7 @@ def _save_arrays(path: Path, outputs: list[np.ndarray[Any, Any]]) -> None:
     buffer = io.BytesIO()
     named: dict[str, Any] = {f"output_{place}": output for place, output in enumerate(outputs)}
     np.savez(buffer, **named)
-    _write(path, buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
 @cli.command()
@@ -493,7 +272,7 @@ def doctor(broker: str | None, ca_file: str | None, state_dir: Path | None, as_j
         parse_address(broker)
     colors = {"ok": "green", "warn": "yellow", "fail": "red"}
     findings = []
-    for finding in examine(state_dir or _home(), broker, ca_file):
+    for finding in examine(state_dir or home(), broker, ca_file):
         findings.append(finding)
         if not as_json:
             verdict = click.style(f"{finding.status:<4}", fg=colors[finding.status])
@@ -503,7 +282,7 @@ def doctor(broker: str | None, ca_file: str | None, state_dir: Path | None, as_j
     failed = [finding.name for finding in findings if finding.status == "fail"]
     if as_json:
         rows = [msgspec.to_builtins(finding) for finding in findings]
-        _print_json({"ok": not failed, "findings": rows})
+        print_json({"ok": not failed, "findings": rows})
     elif failed:
         click.echo(f"{len(failed)} of {len(findings)} failed: {', '.join(failed)}", err=True)
     return exit_code(findings)
@@ -521,50 +300,14 @@ def status(state_dir: Path | None, as_json: bool) -> None:
         raise ConfigError(
             f"{state_dir} is no state directory: it holds no device-id; check --state"
         )
-    homes = [state_dir] if state_dir else sorted(p for p in _home().glob("*") if is_state(p))
+    homes = [state_dir] if state_dir else sorted(p for p in home().glob("*") if is_state(p))
     states = [state_of(home) for home in homes]
     if as_json:
-        _print_json({"states": states})
+        print_json({"states": states})
     elif not states:
-        click.echo(f"no job was run on this machine yet: nothing in {_home()}")
+        click.echo(f"no job was run on this machine yet: nothing in {home()}")
     for state in [] if as_json else states:
         click.echo("\n".join(state_lines(state, time.time())))
-
-
-def _home() -> Path:
-    try:
-        return Path.home() / ".edge-sdk"
-    except RuntimeError as error:
-        raise ConfigError("this user has no home directory; give --state DIR") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    from edge_sdk.store import write_atomically
-
-    write_atomically(path, data, mode=0o644)
-
-
-def _pip(extra: str) -> str:
-    return f"{sys.executable} -m pip install 'edge-sdk[{extra}]'"
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Imports that only work with one of the package's extras."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed: {_pip(name)}") from error
-
-
-def _progress(words: str) -> None:
-    """Say what takes long, to a person only."""
-    if sys.stderr.isatty():
-        click.echo(f"{words} ...", err=True)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

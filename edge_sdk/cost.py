@@ -1,15 +1,17 @@
 """What training given blocks costs: peak bytes, floating-point operations, seconds, upload bytes.
 
-Peak memory is the runtime floor, all weights, gradients and optimiser state of what is trained,
-activations kept from the lowest trained block upwards, and working space. Backward stops at the
-lowest trained block; a frozen block above it still passes a gradient through (CAFF accounting,
-arXiv 2411.07826; the input-gradient term is why low trainable layers are dear).
+A model is described by its segments, the runs of operators of one block, in the order they run. For
+each a table says how far memory rises in it and what it keeps, forward and backward, in the states
+a block can be in: trained, frozen with a gradient passing through, frozen without. Peak memory is
+the highest point of a walk through the segments, forward and back, on top of weights, gradients
+and optimiser state. Backward stops at the lowest trained block; frozen blocks above it pass a
+gradient on, which is why low trainable layers are dear (CAFF, arXiv 2411.07826).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -19,12 +21,12 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.wire import Training
 
 Bytes = Annotated[int, Meta(ge=0, le=(1 << 53))]
+Kind = Literal[
+    "matmul", "convolution", "grouped", "attention", "recurrent", "elementwise", "maths", "norm",
+    "window", "gather", "random",
+]  # fmt: skip
+Amount = Annotated[float, Meta(ge=0, le=1e18)]
 
-# Thread stacks, kernels' workspace and library code first touched by a training step: measured as
-# nearly constant whatever the model, so it is added rather than modelled.
-STEP_OVERHEAD_BYTES = 32 << 20
-# Temporaries alive at once around the largest operation: its output, its gradient, one copy.
-LIVE_TRANSIENTS = 3
 # Encoding a change holds the base, its travelling form, the quantised values and the result.
 ENCODE_BYTES_PER_ELEMENT = 14
 # Bits one float element costs on the wire, by codec: measured on Gaussian, Laplace and Student-t
@@ -40,6 +42,69 @@ def bits_per_param(codec: str) -> float:
     return BITS_PER_PARAM[codec]
 
 
+class Line(NamedTuple):
+    """A size in bytes as a function of the micro-batch."""
+
+    fixed: int
+    per_sample: int
+
+    def at(self, micro_batch: int) -> int:
+        """The size at a micro-batch."""
+        return self.fixed + self.per_sample * micro_batch
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What operators of one kind do in one pass: see ``edge_sdk.operators`` for the kinds."""
+
+    kind: Kind
+    operators: Amount
+    flops_fixed: Bytes
+    flops_per_sample: Bytes
+    moved_bytes_fixed: Bytes
+    moved_bytes_per_sample: Bytes
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of operators of one block.
+
+    inputs:  the segments whose results it reads.
+    kept_*:  what stays in memory from its forward to its backward.
+    rise_*:  how far memory rises above where it stood when its forward began; the largest line
+             counts. ``back_*``: the same for its backward, gradients of parameters included only
+             in ``back_trained``.
+    carry:   gradients in flight when its backward begins.
+    work_*:  of forward (frozen: without gradients), and of backward: trained; trained with nothing
+             trained below; frozen with a gradient passing through.
+    """
+
+    block: str
+    inputs: tuple[int, ...]
+    kept_trained: Line
+    kept_passed: Line
+    rise_frozen: tuple[Line, ...]
+    rise_trained: tuple[Line, ...]
+    rise_passed: tuple[Line, ...]
+    back_trained: tuple[Line, ...]
+    back_accumulated: tuple[Line, ...]
+    back_passed: tuple[Line, ...]
+    carry: Line
+    work_forward: tuple[Work, ...]
+    work_frozen: tuple[Work, ...]
+    work_trained: tuple[Work, ...]
+    work_lowest: tuple[Work, ...]
+    work_passed: tuple[Work, ...]
+
+
+class Crossing(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory made in one segment and read, or kept for backward, by later ones."""
+
+    born: int
+    last_use: int
+    size: Line
+    savers_trained: tuple[int, ...]
+    savers_passed: tuple[int, ...]
+
+
 class BlockCost(msgspec.Struct, frozen=True, kw_only=True):
     """One block's share of a training step; activations are what autograd keeps for backward."""
 
@@ -48,74 +113,209 @@ class BlockCost(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: Bytes
     elements: Bytes
     activation_bytes_per_sample: Bytes
-    transient_bytes_per_sample: Bytes
     flops_forward_per_sample: Bytes
+    flops_backward_per_sample: Bytes
 
 
-class CostTable(msgspec.Struct, frozen=True, kw_only=True):
-    """Costs of all blocks of a task's model, in the model's order; enough to plan without torch."""
+class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Costs of a task's model, its blocks in the model's order; enough to plan without torch.
+
+    batch_bytes_per_sample: inputs and targets of one sample.
+    recomputable:  blocks whose activations can be dropped and computed again.
+    cuttable:      blocks whose output can be taken from a cache instead.
+    min_micro_batch: batch statistics need two samples.
+    views, random_prefix, lossy_prefix: as the task says.
+    """
 
     task: str
     spec: ModelSpec
     blocks: tuple[BlockCost, ...]
+    segments: tuple[Segment, ...]
+    crossings: tuple[Crossing, ...]
+    batch_bytes_per_sample: Bytes
+    recomputable: tuple[str, ...] = ()
+    cuttable: tuple[str, ...] = ()
+    min_micro_batch: Annotated[int, Meta(ge=1, le=65536)] = 1
+    views: Annotated[int, Meta(ge=1, le=65536)] = 1
+    random_prefix: bool = False
+    lossy_prefix: bool = False
 
     def __post_init__(self) -> None:
         if tuple(b.name for b in self.blocks) != self.spec.names:
             raise ConfigError("cost table: its blocks are not those of its model; make it anew")
 
 
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The predicted cost of one local round."""
+def upper_hull(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Those of some lines that are the largest at some micro-batch of 1 or more."""
+    hull: list[Line] = []
+    for line in sorted(set(lines), key=lambda each: (each.per_sample, each.fixed)):
+        while hull and line.at(1) >= hull[-1].at(1):
+            hull.pop()
+        while len(hull) > 1 and _is_below(hull[-1], hull[-2], line):
+            hull.pop()
+        hull.append(line)
+    return tuple(hull)
 
-    peak_bytes: int
-    flops: int
-    train_s: float
-    upload_bytes: int
 
-
-def estimate(
-    table: CostTable,
-    trained: Collection[str],
-    training: Training,
-    *,
-    micro_batch: int,
-    num_examples: int,
-    floor_bytes: int,
-    flops_per_s: float,
-    bits_per_param: float,
-) -> Estimate:
-    """Predict one local round that trains ``trained`` over ``num_examples`` samples."""
-    flops = _flops_per_sample(table, trained) * num_examples * training.local_epochs
-    elements = sum(b.elements for b in table.blocks if b.name in trained)
-    return Estimate(
-        peak_bytes=floor_bytes + _above_floor_bytes(table, trained, training, micro_batch),
-        flops=flops,
-        train_s=flops / flops_per_s,
-        upload_bytes=round(elements * bits_per_param / 8),
+def _is_below(middle: Line, flat: Line, steep: Line) -> bool:
+    """Whether a line is nowhere above both a flatter and a steeper one."""
+    # Where flat and steep meet, x = (flat.fixed - steep.fixed) / (steep.slope - flat.slope).
+    run, rise = steep.per_sample - flat.per_sample, flat.fixed - steep.fixed
+    return (
+        middle.fixed * run + middle.per_sample * rise <= flat.fixed * run + flat.per_sample * rise
     )
 
 
-def _above_floor_bytes(
-    table: CostTable, trained: Collection[str], training: Training, micro_batch: int
-) -> int:
-    weights = sum(b.size_bytes for b in table.blocks)
-    gradients = sum(4 * b.params for b in table.blocks if b.name in trained)
-    states = OPTIMIZER_STATES[training.optimizer]
-    if training.optimizer == "sgd" and training.momentum == 0.0:
-        states = 0
-    lowest = min(i for i, b in enumerate(table.blocks) if b.name in trained)
-    kept = sum(b.activation_bytes_per_sample for b in table.blocks[lowest:])
-    transient = max(b.transient_bytes_per_sample for b in table.blocks)
-    step = micro_batch * (kept + LIVE_TRANSIENTS * transient)
-    encode = ENCODE_BYTES_PER_ELEMENT * max(b.elements for b in table.blocks if b.name in trained)
-    return weights + gradients * (1 + states) + max(step, encode) + STEP_OVERHEAD_BYTES
+# Kinds whose kernels take long to set up; kinds that compute; kinds that mostly move memory.
+# Values: rules of thumb for a machine that was not calibrated, against its plain operators, its
+# training rate and its memory bandwidth; ratios as measured on x86-64.
+_CALLS = {"attention": 8, "convolution": 4, "grouped": 8, "recurrent": 25, "gather": 2, "random": 1}
+_PRODUCTS = {"matmul": 1.2, "convolution": 1.0, "grouped": 0.2, "attention": 0.7, "recurrent": 0.6}
+_MOVERS = {
+    "matmul": 0.6, "elementwise": 1.0, "maths": 0.5, "norm": 0.8, "window": 0.15, "gather": 0.5,
+    "random": 0.06,
+}  # fmt: skip
+# What a plain operator costs at least, in the operations the machine could do meanwhile.
+OPERATOR_FLOPS = 7e5
+# Library code and buffers that operators touch for the first time when training begins.
+OVERHEAD_BYTES = {
+    "step": 2 << 20, "matmul": 4 << 20, "elementwise": 1 << 20, "maths": 4 << 20, "norm": 2 << 20,
+    "attention": 2 << 20, "convolution": 14 << 20, "grouped": 2 << 20, "window": 1 << 20,
+    "recurrent": 8 << 20, "random": 1 << 20,
+}  # fmt: skip
+# Operators of an update for each parameter tensor, and bytes read and written for each element.
+_UPDATES = {"plain": (1, 12), "sgd": (3, 32), "adam": (7, 76), "adamw": (8, 84)}
 
 
-def _flops_per_sample(table: CostTable, trained: Collection[str]) -> int:
-    lowest = min(i for i, b in enumerate(table.blocks) if b.name in trained)
-    total = 0
-    for place, block in enumerate(table.blocks):
-        forward = block.flops_forward_per_sample
-        passes = 3 if block.name in trained else 2 if place > lowest else 1
-        total += passes * forward
-    return total
+def units(kind: str, operators: float, flops: float, moved_bytes: float) -> list[tuple[str, float]]:
+    """What is paid for some work: (key of the rate, how many units of it)."""
+    call = f"{kind}_operator_s" if kind in _CALLS else "operator_s"
+    if kind not in _PRODUCTS:
+        return [(call, operators), (f"{kind}_bytes_per_s", moved_bytes)]
+    paid = [(call, operators), (f"{kind}_flops_per_s", flops)]
+    # Products of thin matrices are as fast as memory delivers the weights.
+    return [*paid, (f"{kind}_bytes_per_s", moved_bytes)] if kind == "matmul" else paid
+
+
+FROZEN, PASSED, LOWEST, TRAINED = "frozen", "passed", "lowest", "trained"
+
+
+class Levers(NamedTuple):
+    """How a step is taken, see ``plan.Plan``; ``cached``: the frozen prefix is not run."""
+
+    accumulate: bool = False
+    checkpoint: bool = False
+    step_in_backward: bool = False
+    cached: bool = False
+
+
+def states(table: CostTable, trained: Collection[str]) -> list[str]:
+    """Per segment: frozen, passing a gradient through, trained at the lowest place, or trained."""
+    found: list[str] = []
+    for segment in table.segments:
+        fed = any(found[place] != FROZEN for place in segment.inputs)
+        if segment.block in trained:
+            found.append(TRAINED if fed else LOWEST)
+        else:
+            found.append(PASSED if fed else FROZEN)
+    return found
+
+
+def prefix_of(table: CostTable, trained: Collection[str]) -> tuple[str, ...]:
+    """The frozen blocks no gradient passes through: their output depends on the sample alone."""
+    feeling = {
+        segment.block
+        for segment, state in zip(table.segments, states(table, trained), strict=True)
+        if state != FROZEN
+    }
+    return tuple(name for name in table.spec.names if name not in feeling)
+
+
+def prefix_output_bytes_per_sample(table: CostTable, prefix: Collection[str]) -> int:
+    """What the blocks above a frozen prefix read of one sample."""
+    inside = [segment.block in prefix for segment in table.segments]
+    return sum(
+        c.size.per_sample for c in table.crossings if inside[c.born] and not inside[last_reader(c)]
+    )
+
+
+def last_reader(crossing: Crossing) -> int:
+    """The last segment that reads a crossing or keeps it."""
+    return max((crossing.last_use, *crossing.savers_trained))
+
+
+def price_list(
+    flops_per_s: float, memory_bandwidth_bytes_per_s: float, rates: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds per unit of work by the keys of ``units``: measured rates, else rules of thumb."""
+    found = {"operator_s": OPERATOR_FLOPS / flops_per_s}
+    found |= {f"{k}_operator_s": n * found["operator_s"] for k, n in _CALLS.items()}
+    found |= {f"{kind}_flops_per_s": 1 / (flops_per_s * n) for kind, n in _PRODUCTS.items()}
+    bandwidth = memory_bandwidth_bytes_per_s
+    found |= {f"{kind}_bytes_per_s": 1 / (bandwidth * n) for kind, n in _MOVERS.items()}
+    for key, value in rates.items():
+        if key in found:
+            found[key] = 1 / value if key.endswith("_per_s") else value
+    return found
+
+
+def overhead_bytes(table: CostTable, overhead: Mapping[str, int]) -> int:
+    """Memory of the runtime beyond its floor, for the kinds of operators a model uses."""
+    kinds = {w.kind for s in table.segments for w in s.work_forward + s.work_trained}
+    return sum(
+        overhead.get(f"{k}_bytes", OVERHEAD_BYTES.get(k, 0)) for k in sorted(kinds | {"step"})
+    )
+
+
+class Duration(NamedTuple):
+    """Seconds of a pass: what it takes at any batch, and for each sample more."""
+
+    fixed_s: float
+    per_sample_s: float
+
+    def __add__(self, other: Any) -> Duration:
+        return Duration(self.fixed_s + other.fixed_s, self.per_sample_s + other.per_sample_s)
+
+    def at(self, samples: int) -> float:
+        """Seconds of a pass over so many samples."""
+        return self.fixed_s + self.per_sample_s * samples
+
+
+def duration(works: Iterable[Work], prices: Mapping[str, float]) -> Duration:
+    """How long some work takes."""
+    fixed_s = per_sample_s = 0.0
+    for w in works:
+        for key, amount in units(w.kind, w.operators, w.flops_fixed, w.moved_bytes_fixed):
+            fixed_s += amount * prices[key]
+        for key, amount in units(w.kind, 0, w.flops_per_sample, w.moved_bytes_per_sample):
+            per_sample_s += amount * prices[key]
+    return Duration(fixed_s, per_sample_s)
+
+
+def works_of(segment: Segment, state: str, *, again: bool = False) -> tuple[Work, ...]:
+    """What a segment does in a training step; ``again``: its forward runs twice."""
+    if state == FROZEN:
+        return segment.work_frozen
+    back = {TRAINED: segment.work_trained, LOWEST: segment.work_lowest, PASSED: segment.work_passed}
+    return segment.work_forward + segment.work_forward * again + back[state]
+
+
+def update_work(table: CostTable, trained: Collection[str], training: Training) -> Work:
+    """What the optimiser does in one step."""
+    tensors = [
+        t
+        for b in table.spec.blocks
+        if b.name in trained
+        for t in b.tensors
+        if t.kind == "parameter"
+    ]
+    rule = training.optimizer if training.momentum or training.optimizer != "sgd" else "plain"
+    operators, moved_bytes = _UPDATES[rule]
+    return Work(
+        kind="elementwise",
+        operators=operators * len(tensors),
+        flops_fixed=0,
+        flops_per_sample=0,
+        moved_bytes_fixed=moved_bytes * sum(t.elements for t in tensors),
+        moved_bytes_per_sample=0,
+    )

@@ -181,7 +181,8 @@ def _killed(name: str, distribution: str, number: int) -> Finding:
     why, fix = "this build does not work here", f"{PIP} --force-reinstall {distribution}"
     if number == signal.SIGILL:
         why = f"this build uses instructions this {platform.machine()} processor does not have"
-        fix = f"{PIP} --upgrade {distribution}"
+        # Of torch the releases from 2.10 on were built for newer arm64 processors, or with CUDA.
+        fix = f"{PIP} 'torch<2.10'" if name == "torch" else f"{PIP} --upgrade {distribution}"
     elif number == signal.SIGKILL:
         why, fix = (
             "most likely there was not enough memory",

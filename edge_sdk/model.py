@@ -1,4 +1,4 @@
-"""A torch module seen as blocks: how it is cut, how weights get in and out, what each block costs.
+"""A torch module seen as blocks: how it is cut, how weights get in and out.
 
 Any module can be cut by naming ``state_dict`` prefixes. Without names the usual layouts are
 recognised: ``nn.Sequential``; layers in a ``ModuleList`` (or nested ``Sequential``) with something
@@ -7,17 +7,14 @@ before and after; several such branches, each a chain, joined by a trunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from edge_sdk.blocks import TRUNK, Block, ModelSpec, TensorSpec
-from edge_sdk.cost import BlockCost, CostTable
 from edge_sdk.errors import TaskError
 from edge_sdk.task import Task
 
@@ -79,8 +76,9 @@ class BlockModel:
         names = {t.name for b in blocks for t in self.spec.block(b).tensors}
         trained = []
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(name in names)
-            if name in names:
+            # An integer parameter travels with its block but has no gradient.
+            parameter.requires_grad_(name in names and parameter.is_floating_point())
+            if parameter.requires_grad:
                 trained.append(parameter)
         keys = list(self.module.state_dict())
         is_open = {"": bool(names)}
@@ -240,118 +238,7 @@ def _own_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Te
             yield dot + name, tensor
 
 
-class _Trace(TorchFunctionMode):
-    """Counts floating-point operations of one forward pass, by the block that runs.
-
-    Works on calls of torch functions, because watching operators, as torch's own counter does,
-    loads torch's compiler: seconds and 70 MiB a device does not have.
-    """
-
-    def __init__(self, block: str) -> None:
-        super().__init__()
-        self.block = block
-        self.flops: dict[str, int] = {}
-        self.largest_bytes: dict[str, int] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            held = out.numel() * out.element_size()
-            self.largest_bytes[self.block] = max(held, self.largest_bytes.get(self.block, 0))
-        count = _FLOPS.get(getattr(func, "__name__", ""))
-        if count is not None:
-            first = out if isinstance(out, torch.Tensor) else out[0]
-            given = (*args, *(kwargs or {}).values())
-            self.flops[self.block] = self.flops.get(self.block, 0) + int(count(first, *given))
-        return out
-
-
-def _recurrent_flops(_out: torch.Tensor, inputs: torch.Tensor, *rest: Any) -> int:
-    # The first list of an LSTM is its two states, the weights are the last one.
-    weights = [item for item in rest if isinstance(item, (list, tuple))][-1]
-    steps = inputs.numel() // inputs.shape[-1]
-    return 2 * steps * sum(int(w.numel()) for w in weights if w.dim() == 2)
-
-
-def _attention_flops(_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    width = int(query.shape[-1])
-    positions = query.numel() // width
-    return positions * (8 * width * width + 4 * key.shape[0] * width)
-
-
-def _einsum_flops(out: torch.Tensor, equation: Any, *operands: Any) -> int:
-    if not isinstance(equation, str):
-        return 0
-    given = operands[0] if isinstance(operands[0], (list, tuple)) else operands
-    terms, _, result = equation.replace(" ", "").partition("->")
-    sizes: dict[str, int] = {}
-    for term, operand in zip(terms.split(","), given, strict=True):
-        left, _, right = term.partition("...")
-        sizes.update(zip(left, operand.shape, strict=False))
-        sizes.update(zip(reversed(right), reversed(operand.shape), strict=False))
-    result = result or "".join(letter for letter in terms if terms.count(letter) == 1)
-    return 2 * out.numel() * math.prod(n for letter, n in sizes.items() if letter not in result)
-
-
-# A multiply-add counts as two; what is not here costs little beside these.
-_FLOPS: dict[str, Callable[..., int]] = {
-    "linear": lambda out, x, weight, *_: 2 * out.numel() * weight.shape[-1],
-    **dict.fromkeys(
-        ("matmul", "__matmul__", "mm", "bmm", "mv"),
-        lambda out, a, *_: 2 * out.numel() * a.shape[-1],
-    ),
-    **dict.fromkeys(("addmm", "baddbmm"), lambda out, c, a, *_: 2 * out.numel() * a.shape[-1]),
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d"),
-        lambda out, x, weight, *_: 2 * out.numel() * weight[0].numel(),
-    ),
-    **dict.fromkeys(
-        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        lambda out, x, weight, *_: 2 * x.numel() * weight[0].numel(),
-    ),
-    "scaled_dot_product_attention": lambda out, q, k, *_: 4 * q.numel() * k.shape[-2],
-    "multi_head_attention_forward": _attention_flops,
-    "einsum": _einsum_flops,
-    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _recurrent_flops),
-}
-
-
-def cost_table(
-    model: BlockModel, inputs: Callable[[int], Any], targets: Callable[[int], Any]
-) -> CostTable:
-    """What each block costs, from two traced passes over small batches of real samples.
-
-    ``inputs(n)`` and ``targets(n)`` give the first n samples. Two batch sizes separate what grows
-    with the batch from what does not. The model stays as it was.
-    """
-    model.open_only(model.spec.names)
-    buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
-    small, large = (
-        _saved_bytes(model, inputs(2), targets(2)),
-        _saved_bytes(model, inputs(4), targets(4)),
-    )
-    trace = _trace(model, inputs(2))
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.module.get_submodule(owner), leaf, buffer)
-    blocks = []
-    for block in model.spec.blocks:
-        held = large.get(block.name, 0) - small.get(block.name, 0)
-        blocks.append(
-            BlockCost(
-                name=block.name,
-                params=block.params,
-                size_bytes=block.size_bytes,
-                elements=sum(t.elements for t in block.tensors),
-                activation_bytes_per_sample=max(0, held // 2),
-                transient_bytes_per_sample=trace.largest_bytes.get(block.name, 0) // 2,
-                flops_forward_per_sample=trace.flops.get(block.name, 0) // 2,
-            )
-        )
-    return CostTable(task=model.task.name, spec=model.spec, blocks=tuple(blocks))
-
-
-def _watch(model: BlockModel, enter: Callable[[str], None]) -> list[Any]:
+def watch_modules(model: BlockModel, enter: Callable[[str], None]) -> list[Any]:
     """Call ``enter(block)`` whenever a module with tensors of that block is about to run."""
     block_of = {t.name: b.name for b in model.spec.blocks for t in b.tensors}
     handles = []
@@ -363,45 +250,3 @@ def _watch(model: BlockModel, enter: Callable[[str], None]) -> list[Any]:
             home = homes.pop()
             handles.append(module.register_forward_pre_hook(lambda *_, home=home: enter(home)))
     return handles
-
-
-def _trace(model: BlockModel, inputs: Any) -> _Trace:
-    trace = _Trace(model.spec.names[0])
-    handles = _watch(model, lambda block: setattr(trace, "block", block))
-    try:
-        with torch.no_grad(), trace:
-            model.run(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
-
-
-def _saved_bytes(model: BlockModel, inputs: Any, targets: Any) -> dict[str, int]:
-    """Bytes autograd keeps for backward, by block; parameters and repeats not counted."""
-    seen = {t.untyped_storage().data_ptr() for t in model.module.state_dict().values()}
-    held: dict[str, int] = {}
-    current = [model.spec.names[0]]
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            held[current[0]] = held.get(current[0], 0) + storage.nbytes()
-        return tensor
-
-    handles = _watch(model, lambda block: current.__setitem__(0, block))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.task.loss(model.run(inputs), targets)
-            del loss
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            f"task {model.task.name!r}: the model or its loss fails on its own data: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return held

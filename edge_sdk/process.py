@@ -35,6 +35,28 @@ def process_rss_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
     return resident
 
 
+def process_held_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
+    """What the end of a process would free: its resident memory less the pages of files.
+
+    Where the kernel does not tell them apart, all its resident memory.
+    """
+    anonymous = _status_bytes(pid, "RssAnon", proc_root)
+    if anonymous is None:
+        return process_rss_bytes(pid, proc_root=proc_root)
+    return anonymous + (_status_bytes(pid, "RssShmem", proc_root) or 0)
+
+
+def process_data_bytes(pid: int | None = None, *, proc_root: Path = PROC) -> int:
+    """What counts against RLIMIT_DATA, whether touched or not; 0 if unknown."""
+    return _status_bytes(pid, "VmData", proc_root) or 0
+
+
+def children_cpu_s() -> float:
+    """CPU seconds of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def process_cpu_s(pid: int | None = None) -> float:
     """CPU seconds a process has used, user and system; 0 if it has ended."""
     import psutil

@@ -9,21 +9,57 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
 from edge_sdk.errors import MIB, ProfileError
+from edge_sdk.figures import (
+    CORRECTION_LIMITS,
+    FIGURES,
+    LABEL,
+    LIMITS,
+    POLICY_LIMITS,
+    SOURCE_KINDS,
+    check_corrections,
+    check_date,
+    check_figure,
+    check_keys,
+    check_overhead,
+    check_rates,
+    check_sources,
+    check_switch,
+    check_table,
+    check_text,
+    human,
+    near_miss,
+    show,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+__all__ = [
+    "FIGURES",
+    "MAX_PROFILE_BYTES",
+    "SOURCE_KINDS",
+    "TORCH_FLOOR_BYTES",
+    "Budget",
+    "Correction",
+    "DeviceProfile",
+    "Policy",
+    "budget",
+    "load_profile",
+    "parse_profile",
+    "profile_toml",
+    "shipped_profiles",
+]
 
 MAX_PROFILE_BYTES = 64 * 1024
 
@@ -32,37 +68,51 @@ MAX_PROFILE_BYTES = 64 * 1024
 # for the spread.
 TORCH_FLOOR_BYTES = 180 * MIB
 
-SOURCE_KINDS = ("measured", "benchmark", "datasheet", "estimated", "assumed")
-
-_NAME = re.compile(r"[a-z0-9-]{1,64}")
-
-
-class _Limit(NamedTuple):
-    """Allowed range of one figure, with what it is, for the error text."""
-
-    whole: bool
-    low: float
-    high: float
-    meaning: str
-
-
-# The upper ends are about a thousand times today's largest machine: they catch a wrong unit or a
-# hostile file, not a good computer.
-_LIMITS: dict[str, _Limit] = {
-    "memory_total_bytes": _Limit(True, 1, 2**50, "physical RAM, bytes"),
-    "memory_bytes": _Limit(True, 1, 2**50, "peak resident memory training may use, bytes"),
-    "torch_floor_bytes": _Limit(True, 1, 2**40, "memory of torch before any model, bytes"),
-    "cores": _Limit(True, 1, 65536, "CPU cores training may use"),
-    "flops_per_s": _Limit(False, 1, 1e18, "sustained float32 training rate, FLOP per second"),
-    "memory_bandwidth_bytes_per_s": _Limit(False, 1, 1e16, "bytes read plus written per second"),
-    "uplink_bytes_per_s": _Limit(False, 1, 1e13, "upload rate, bytes (not bits) per second"),
-    "downlink_bytes_per_s": _Limit(False, 1, 1e13, "download rate, bytes (not bits) per second"),
-    "storage_bytes": _Limit(True, 0, 2**60, "storage the caches and the spool may use, bytes"),
-    "storage_write_bytes_per_s": _Limit(False, 1, 1e13, "synced write rate, bytes per second"),
+_TABLES = ("policy", "rates", "overhead", "corrections", "sources")
+_MEANINGS = {
+    "rates": "by kind of operation, measured on this device",
+    "overhead": "memory of the runtime by kind of operation",
+    "corrections": "measured over predicted, learnt on this device",
 }
-FIGURES = tuple(_LIMITS)
-_TEXT_LIMITS = {"board": (1, 128), "accelerator": (0, 128)}
-_SOURCE_LENGTH = 500
+_TEXT_LIMITS = {"board": (1, 128), "accelerator": (0, 128), "measured_with": (0, 128)}
+_OPTIONAL_FIGURES = ("torch_floor_bytes", "storage_read_bytes_per_s")
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a device does not train although it could; each rule holds until it is well past.
+
+    pause_above_celsius:          training pauses above, and goes on only below
+                                  ``resume_below_celsius``.
+    train_on_battery:             False: only while a charger is connected.
+    min_battery_percent:          charge below which it pauses, unless it is being charged.
+    pause_when_throttled:         pause while the processor runs slower to cool or to save power.
+    pause_above_pressure_percent: share of the last 10 s in which some process waited for memory.
+    release_memory_after_round:   the training process ends after each round; its next start costs
+                                  loading torch again.
+    """
+
+    pause_above_celsius: float = 80.0
+    resume_below_celsius: float = 70.0
+    min_battery_percent: float = 30.0
+    train_on_battery: bool = True
+    pause_when_throttled: bool = False
+    pause_above_pressure_percent: float = 40.0
+    release_memory_after_round: bool = False
+
+    def __post_init__(self) -> None:
+        _check_policy(msgspec.structs.asdict(self), "policy")
+
+
+class Correction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measured over predicted for one task on this device, and from how many measurements."""
+
+    memory: float
+    time: float
+    samples: int
+
+    def __post_init__(self) -> None:
+        for key, value in msgspec.structs.asdict(self).items():
+            check_figure(value, key, CORRECTION_LIMITS[key], "correction")
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,8 +131,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     downlink_bytes_per_s:         payload from the broker to the device.
     storage_bytes:                disk the block cache, prefix cache and spool may use.
     storage_write_bytes_per_s:    sequential writes, each synced.
+    storage_read_bytes_per_s:     sequential reads of what is not in memory; None: not known.
     accelerator:                  "" or "cuda ...": present, but not counted in ``flops_per_s``.
     date:                         day the figures were taken, YYYY-MM-DD.
+    measured_with:                versions that measured, or "".
+    policy:                       when not to train.
+    rates:                        by kind of operation, the unit in the key's ending.
+    overhead:                     memory of the runtime by kind of operation, bytes.
+    corrections:                  by task, measured over predicted.
     sources:                      key -> "measured: ...", "datasheet: ..." and so on.
     """
 
@@ -98,12 +154,21 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     downlink_bytes_per_s: float
     storage_bytes: int
     storage_write_bytes_per_s: float
+    storage_read_bytes_per_s: float | None = None
     accelerator: str = ""
     date: str
+    measured_with: str = ""
+    policy: Policy = msgspec.field(default_factory=Policy)
+    rates: dict[str, float] = msgspec.field(default_factory=dict)
+    overhead: dict[str, int] = msgspec.field(default_factory=dict)
+    corrections: dict[str, Correction] = msgspec.field(default_factory=dict)
     sources: dict[str, str] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(msgspec.structs.asdict(self), f"profile {_show(self.name)}")
+        values = msgspec.structs.asdict(self)
+        if self.storage_read_bytes_per_s is None:
+            del values["storage_read_bytes_per_s"]
+        _check(values, f"profile {show(self.name)}")
 
     def upload_s(self, payload_bytes: int) -> float:
         """Seconds to send ``payload_bytes`` at the profile's uplink rate."""
@@ -135,7 +200,7 @@ def budget(
     """
     if flag_bytes is not None and flag_bytes < 1:
         raise ProfileError(
-            f"command line: memory flag is {_show(flag_bytes)} bytes, it must be at least 1. "
+            f"command line: memory flag is {show(flag_bytes)} bytes, it must be at least 1. "
             "Leave it out to use what the profile and the machine allow."
         )
     limits: list[tuple[Literal["flag", "profile", "cgroup", "available"], int | None]] = [
@@ -203,158 +268,103 @@ def shipped_profiles() -> tuple[str, ...]:
 
 def profile_toml(profile: DeviceProfile) -> str:
     """The profile as a commented TOML file that ``parse_profile`` reads back unchanged."""
-    lines = []
-    for key, value in msgspec.structs.asdict(profile).items():
-        if key == "sources":
-            continue
-        if key not in _LIMITS:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-            continue
-        number = f"{value:_}" if _LIMITS[key].whole else f"{float(value):_}"
-        lines.append(f"{key} = {number}{_human(key, value)}")
-    lines += ["", "[sources]"]
-    lines += [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in profile.sources.items()]
+    values = {k: v for k, v in msgspec.structs.asdict(profile).items() if v is not None}
+    tables = {key: values.pop(key) for key in _TABLES}
+    lines = list(_entries(values))
+    lines += ["", "[policy]", *_entries(msgspec.structs.asdict(profile.policy))]
+    for name in ("rates", "overhead"):
+        if tables[name]:
+            lines += ["", f"[{name}]  # {_MEANINGS[name]}", *_entries(tables[name])]
+    for task, correction in profile.corrections.items():
+        lines += ["", f"[corrections.{task}]  # {_MEANINGS['corrections']}"]
+        lines += _entries(msgspec.structs.asdict(correction))
+    lines += ["", "[sources]", *_entries(profile.sources)]
     return "\n".join(lines) + "\n"
+
+
+def _entries(values: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of one table, numbers with a comment in the unit people read."""
+    for key, value in values.items():
+        if isinstance(value, (str, bool)):
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            continue
+        # The limit's kind decides, so that a float is read back as one.
+        whole = LIMITS[key].whole if key in LIMITS else isinstance(value, int)
+        number = f"{value:_}" if whole else f"{float(value):_}"
+        comment = human(key, value)
+        yield f"{key} = {number}  # {comment}" if comment else f"{key} = {number}"
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:
     """Raise ProfileError for the first key or value that is wrong."""
-    _check_keys(values, where)
-    if not (isinstance(values["name"], str) and _NAME.fullmatch(values["name"])):
+    check_keys(values, DeviceProfile.__struct_fields__, where)
+    _check_missing(values, where)
+    if not (isinstance(values["name"], str) and LABEL.fullmatch(values["name"])):
         raise ProfileError(
-            f"{where}: name is {_show(values['name'])}, it must be 1 to 64 characters of "
+            f"{where}: name is {show(values['name'])}, it must be 1 to 64 characters of "
             "a-z, 0-9 and '-', like raspberry-pi-4b-4gb. Rename the board."
         )
     for key, (shortest, longest) in _TEXT_LIMITS.items():
-        _check_text(values.get(key, ""), key, shortest, longest, where)
-    for key, limit in _LIMITS.items():
-        _check_figure(values.get(key, TORCH_FLOOR_BYTES), key, limit, where)
+        check_text(values.get(key, ""), key, shortest, longest, where)
+    for key, limit in LIMITS.items():
+        if key in values or key not in _OPTIONAL_FIGURES:
+            check_figure(values[key], key, limit, where)
     if values["memory_bytes"] > values["memory_total_bytes"]:
         raise ProfileError(
-            f"{where}: memory_bytes is {_show(values['memory_bytes'])}, more than the "
-            f"memory_total_bytes of {_show(values['memory_total_bytes'])}. Lower it to what one "
+            f"{where}: memory_bytes is {show(values['memory_bytes'])}, more than the "
+            f"memory_total_bytes of {show(values['memory_total_bytes'])}. Lower it to what one "
             "process can have beside the operating system."
         )
-    _check_date(values["date"], where)
-    _check_sources(values.get("sources", {}), where)
+    check_date(values["date"], where)
+    _check_tables(values, where)
 
 
-def _check_keys(values: Mapping[str, Any], where: str) -> None:
-    """Every required key is there and no other; a near miss is named."""
-    fields = DeviceProfile.__struct_fields__
-    for key in values:
-        if key not in fields:
-            raise ProfileError(
-                f"{where}: unknown key {_show(key)}.{_near_miss(key, fields)} "
-                f"Known keys: {', '.join(fields)}."
-            )
-    missing = [key for key in _required() if key not in values]
+def _check_tables(values: Mapping[str, Any], where: str) -> None:
+    """The tables; what was built here already has been checked."""
+    policy = values.get("policy", {})
+    if not isinstance(policy, Policy):
+        _check_policy(dict(check_table(policy, "policy", "train_on_battery = false", where)), where)
+    corrections = values.get("corrections", {})
+    if isinstance(corrections, Mapping):
+        corrections = {
+            task: msgspec.structs.asdict(value) if isinstance(value, Correction) else value
+            for task, value in corrections.items()
+        }
+    check_rates(values.get("rates", {}), where)
+    check_overhead(values.get("overhead", {}), where)
+    check_corrections(corrections, where)
+    check_sources(values.get("sources", {}), where)
+
+
+def _check_policy(values: Mapping[str, Any], where: str) -> None:
+    """Each rule by itself, and that what pauses also resumes."""
+    place = where if where == "policy" else f"{where}: policy"
+    check_keys(values, Policy.__struct_fields__, place)
+    fields = msgspec.structs.fields(Policy)
+    rules: dict[str, Any] = {field.name: field.default for field in fields} | dict(values)
+    for key, value in rules.items():
+        if key in POLICY_LIMITS:
+            check_figure(value, key, POLICY_LIMITS[key], place)
+        else:
+            check_switch(value, key, place)
+    if rules["resume_below_celsius"] > rules["pause_above_celsius"]:
+        raise ProfileError(
+            f"{place}: resume_below_celsius is {rules['resume_below_celsius']:g}, above the "
+            f"pause_above_celsius of {rules['pause_above_celsius']:g}. Make it some degrees lower."
+        )
+
+
+def _check_missing(values: Mapping[str, Any], where: str) -> None:
+    """Every key without a default is there."""
+    required = [field.name for field in msgspec.structs.fields(DeviceProfile) if field.required]
+    missing = [key for key in required if key not in values]
     if missing:
         key = missing[0]
-        meaning = f" ({_LIMITS[key].meaning})" if key in _LIMITS else ""
+        meaning = f" ({LIMITS[key].meaning})" if key in LIMITS else ""
         rest = f"; also missing: {', '.join(missing[1:])}" if missing[1:] else ""
         raise ProfileError(
             f"{where}: {key}{meaning} is missing{rest}. Add it, or let `edge-sdk profile` measure."
         )
-
-
-def _required() -> list[str]:
-    """Keys without a default."""
-    return [field.name for field in msgspec.structs.fields(DeviceProfile) if field.required]
-
-
-def _check_figure(value: object, key: str, limit: _Limit, where: str) -> None:
-    """One number: right type, finite, within its limits."""
-    wanted = "a whole number" if limit.whole else "a number"
-    bounds = f"from {_bound(limit.low)} to {_bound(limit.high)}"
-    kinds = (int,) if limit.whole else (int, float)
-    right_type = isinstance(value, kinds) and not isinstance(value, bool)
-    if not right_type or not limit.low <= value <= limit.high:  # type: ignore[operator]
-        raise ProfileError(
-            f"{where}: {key} is {_show(value)}, it must be {wanted} {bounds} "
-            f"({limit.meaning}). Check the value and its unit."
-        )
-
-
-def _check_text(value: object, key: str, shortest: int, longest: int, where: str) -> None:
-    """One line of printable text of bounded length."""
-    if isinstance(value, str) and shortest <= len(value) <= longest and value.isprintable():
-        return
-    raise ProfileError(
-        f"{where}: {key} is {_show(value)}, it must be {shortest} to {longest} printable "
-        "characters on one line. Shorten it or put it in quotes."
-    )
-
-
-def _check_date(value: object, where: str) -> None:
-    """A calendar day in ISO form."""
-    try:
-        if isinstance(value, str) and len(value) == 10:
-            datetime.date.fromisoformat(value)
-            return
-    except ValueError:
-        pass
-    raise ProfileError(
-        f"{where}: date is {_show(value)}, it must be a day like 2026-03-31. "
-        "Write the day the figures were taken."
-    )
-
-
-def _check_sources(sources: object, where: str) -> None:
-    """A table from figures to where they come from."""
-    if not isinstance(sources, Mapping):
-        raise ProfileError(
-            f"{where}: sources is {_show(sources)}, it must be a table. "
-            'Write [sources], then lines like cores = "datasheet: ...".'
-        )
-    for key, text in sources.items():
-        if key not in FIGURES:
-            raise ProfileError(
-                f"{where}: sources names {_show(key)}, which is no figure of a profile."
-                f"{_near_miss(str(key), FIGURES)} Figures: {', '.join(FIGURES)}."
-            )
-        _check_text(text, f"sources.{key}", 1, _SOURCE_LENGTH, where)
-        kind, colon, words = text.partition(":")
-        if kind not in SOURCE_KINDS or not colon or not words.strip():
-            raise ProfileError(
-                f"{where}: sources.{key} is {_show(text)}, it must begin with one of "
-                f"{', '.join(f'{kind}:' for kind in SOURCE_KINDS)} and then say more. "
-                "Write where the figure comes from."
-            )
-
-
-def _near_miss(key: str, known: tuple[str, ...]) -> str:
-    """A did-you-mean sentence with a leading space, or nothing."""
-    import difflib  # only needed for an error message
-
-    close = difflib.get_close_matches(key[:100], known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _show(value: object) -> str:
-    """``repr`` of anything from a file, cut to a line's length."""
-    if isinstance(value, int) and value.bit_length() > 256:  # repr refuses very long integers
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _bound(value: float) -> str:
-    """A limit as people write it."""
-    return str(int(value)) if value < 1e6 else f"{value:.3g}"
-
-
-def _human(key: str, value: float) -> str:
-    """A comment that gives the number in a unit people read; nothing where it is one already."""
-    if key == "cores":
-        return ""
-    if key == "flops_per_s":
-        return f"  # {value / 1e9:,.4g} GFLOP/s"
-    if key.endswith("_bytes_per_s"):
-        return f"  # {value / 1e6:,.6g} MB/s"
-    if key == "storage_bytes":  # storage is sold in decimal units, memory in binary ones
-        return f"  # {value / 1e9:,.4g} GB"
-    return f"  # {value / MIB:,.0f} MiB"
 
 
 def _profiles_dir() -> Path:
@@ -365,7 +375,7 @@ def _profiles_dir() -> Path:
 
 def _locate(name_or_path: str | Path) -> Path:
     """A bare name is a shipped profile; anything with a separator or suffix is a path."""
-    if isinstance(name_or_path, str) and _NAME.fullmatch(name_or_path):
+    if isinstance(name_or_path, str) and LABEL.fullmatch(name_or_path):
         return _profiles_dir() / f"{name_or_path}.toml"
     return Path(name_or_path)
 
@@ -374,6 +384,6 @@ def _shipped_hint(name: str) -> str:
     """What a caller may write instead."""
     names = shipped_profiles()
     return (
-        f"{_near_miss(name, names)} Shipped profiles: {', '.join(names) or 'none found'}. "
+        f"{near_miss(name, names)} Shipped profiles: {', '.join(names) or 'none found'}. "
         "Or give the path of a .toml file, or run `edge-sdk profile` to measure this device."
     ).strip()

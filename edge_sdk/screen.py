@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge_sdk.cost import CostTable
+from edge_sdk.figures import human
 from edge_sdk.plan import Plan
 from edge_sdk.probe import ProbeResult
-from edge_sdk.profile import DeviceProfile, profile_toml
+from edge_sdk.profile import FIGURES, DeviceProfile, profile_toml
 
 if TYPE_CHECKING:
     import numpy as np
 
 SHOWN_CLASSES = 10
+# A measured figure further away from its file's than that is worth a look.
+OFF_RATIO = 1.3
 
 # A board, what it would do, and why it cannot do anything when that is None.
 Outcome = tuple[DeviceProfile, Plan | None, str]
@@ -40,20 +43,104 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 def profile_lines(result: ProbeResult) -> Iterator[str]:
     """The profile as TOML a profile file may consist of, source and spread beside each figure."""
-    values = profile_toml(result.profile).partition("\n\n[sources]")[0].splitlines()
-    width = max(len(line.partition("  # ")[0]) for line in values)
-    for line in values:
+    lines = profile_toml(result.profile).partition("\n\n[sources]")[0].splitlines()
+    width = max(len(line.partition("  # ")[0]) for line in lines)
+    place = ""
+    for line in lines:
         value, _, human = line.partition("  # ")
-        key = value.partition(" = ")[0]
-        spread = f"spread {result.spreads[key]:.0%}" if key in result.spreads else ""
-        notes = [human, result.profile.sources.get(key, ""), spread]
+        if value.startswith("["):
+            place = f"{value.strip('[]')}."
+            yield line
+            continue
+        key = place + value.partition(" = ")[0]
+        source = result.profile.sources.get(key, "")
+        if not source and key in result.spreads:
+            source = f"spread {result.spreads[key]:.0%}"
+        notes = [human, source]
         comment = "; ".join(note for note in notes if note)
         yield f"{value:<{width}}  # {comment}" if comment else value
-    yield f"# took {result.took_s:.1f} s"
+    yield ""
+    yield from (f"# {line}" for line in _now_lines(result))
+
+
+def _now_lines(result: ProbeResult) -> Iterator[str]:
+    """What no profile keeps: memory and condition of this moment, and what could not be had."""
+    memory, now = result.memory, result.condition
+    if memory.swap_bytes:
+        zram = f", {size(memory.zram_bytes)} of it in zram" if memory.zram_bytes else ""
+        yield f"swap of {size(memory.swap_bytes)}{zram}: not counted"
+    if memory.unified:
+        yield "processor and GPU share the memory: what one takes, the other lacks"
+    if now.celsius is not None:
+        yield f"{now.celsius:.0f} degrees Celsius at {now.sensor}"
+    if now.throttled is not None:
+        yield f"slowed down by: {', '.join(now.throttled_by) or 'nothing'}"
+    if now.throttled_before:
+        yield f"slowed down since the start by: {', '.join(now.throttled_before)}"
+    if now.on_battery is not None:
+        charge = "" if now.battery_percent is None else f", {now.battery_percent:.0f} % charged"
+        yield f"{'on battery' if now.on_battery else 'not on battery'}{charge}"
+    for key, reason in result.not_measured.items():
+        yield f"{key} is not measured: {' '.join(reason.split())}"
+    yield f"took {result.took_s:.1f} s"
+
+
+class Compared(NamedTuple):
+    """One figure as measured here and as a file says, ``None`` where one of them lacks it."""
+
+    figure: str
+    measured: float | None
+    file: float | None
+    ratio: float | None
+    off: bool
+
+
+def compare(measured: DeviceProfile, file: DeviceProfile) -> list[Compared]:
+    """Every figure of either; off is a ratio that is not within OFF_RATIO of one."""
+    ours = {
+        key: value
+        for key, value in _figures(measured).items()
+        if measured.sources.get(key.partition(".")[0], "").startswith("measured:")
+    }
+    theirs = _figures(file)
+    rows = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        here, there = ours.get(key), theirs.get(key)
+        ratio = here / there if here is not None and there else None
+        off = ratio is not None and not 1 / OFF_RATIO <= ratio <= OFF_RATIO
+        rows.append(Compared(key, here, there, ratio, off))
+    return rows
+
+
+def compare_lines(rows: Sequence[Compared], name: str) -> list[str]:
+    """A header and one line per row, in their order."""
+    cells = [
+        (
+            row.figure,
+            _amount(row.figure, row.measured, "not measured"),
+            _amount(row.figure, row.file, "-"),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "off" if row.off else "",
+        )
+        for row in rows
+    ]
+    return list(table(("figure", "measured", name, "ratio", ""), cells))
+
+
+def _figures(profile: DeviceProfile) -> dict[str, float]:
+    """All numbers of a profile by name, those of its tables with the table before a dot."""
+    found = {key: getattr(profile, key) for key in FIGURES}
+    found |= {f"rates.{key}": value for key, value in profile.rates.items()}
+    found |= {f"overhead.{key}": value for key, value in profile.overhead.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _amount(figure: str, value: float | None, missing: str) -> str:
+    return missing if value is None else human(figure, value) or f"{value:,}"
 
 
 def block_costs(costs: CostTable) -> list[dict[str, Any]]:
-    """Per block; backward is twice forward: for the inputs' gradient, and for the weights'."""
+    """Per block; the FLOPs backward are those of training everything."""
     return [
         {
             "name": block.name,
@@ -61,7 +148,7 @@ def block_costs(costs: CostTable) -> list[dict[str, Any]]:
             "bytes": block.size_bytes,
             "activation_bytes_per_sample": block.activation_bytes_per_sample,
             "flops_forward_per_sample": block.flops_forward_per_sample,
-            "flops_backward_per_sample": 2 * block.flops_forward_per_sample,
+            "flops_backward_per_sample": block.flops_backward_per_sample,
         }
         for block in costs.blocks
     ]
@@ -95,11 +182,33 @@ def plan_lines(profile: DeviceProfile, plan: Plan) -> Iterator[str]:
     """One board's plan, and what was left out."""
     yield f"{profile.name} trains {', '.join(plan.blocks)}"
     yield f"  batch   {plan.batch_size}, {plan.micro_batch} at a time"
+    if plan.steps is not None:
+        yield f"  steps   {plan.steps:,}, all there is time for"
+    for words in _lever_words(plan):
+        yield f"  how     {words}"
     yield f"  memory  {size(plan.peak_bytes)} at the peak, {size(plan.budget_bytes)} allowed"
     yield f"  time    {plan.train_s:.1f} s of training, {plan.round_s:.1f} s with the upload"
     yield f"  upload  {size(plan.upload_bytes)} as {plan.codec}"
     for left_out in plan.left_out:
         yield f"not {', '.join(left_out.blocks)}: {left_out.reason}"
+
+
+def _lever_words(plan: Plan) -> Iterator[str]:
+    """What is unusual in the way a plan trains."""
+    if plan.checkpoint:
+        yield "activations are computed again in backward"
+    if plan.step_in_backward:
+        yield "parameters are updated in backward, one by one"
+    prefix = plan.prefix
+    engine = {"torch": "torch", "onnx": "ONNX Runtime", "onnx_int8": "ONNX Runtime in int8"}
+    if prefix.cache != "none":
+        where = {"memory": "in memory", "disk": "on disk"}[prefix.cache]
+        yield (
+            f"{_ends(prefix.blocks)} run once in {engine[prefix.engine]}, their output is kept "
+            f"{where} as {prefix.dtype}"
+        )
+    elif prefix.engine != "torch":
+        yield f"{_ends(prefix.blocks)} run in {engine[prefix.engine]}"
 
 
 def board_lines(outcomes: Sequence[Outcome], blocks: int) -> Iterator[str]:
@@ -114,7 +223,8 @@ def board_lines(outcomes: Sequence[Outcome], blocks: int) -> Iterator[str]:
                 f"{plan.micro_batch} of {plan.batch_size}",
                 f"{plan.round_s:.1f} s",
                 size(plan.upload_bytes),
-                f"{len(plan.blocks)} of {blocks}: {_ends(plan.blocks)}",
+                f"{len(plan.blocks)} of {blocks}: {_ends(plan.blocks)}"
+                + ("" if plan.steps is None else f", {plan.steps:,} steps only"),
             ]
         rows.append([profile.name, *cells])
     yield from table(("profile", "allowed", "peak", "at a time", "round", "upload", "trains"), rows)
@@ -138,6 +248,14 @@ def event_words(event: Mapping[str, Any]) -> str:
             return f"round {number}: update {verdict}"
         case {"event": "decline", "round": number, "reason": reason}:
             return f"round {number}: sits out: {reason}"
+        case {"event": "killed", "memory": True}:
+            return "the trainer was killed: memory ran out"
+        case {"event": "killed", "exit_code": code}:
+            return f"the trainer died, exit code {code}"
+        case {"event": "paused", "round": number, "reason": reason}:
+            return f"round {number}: paused: {reason}"
+        case {"event": "resumed", "round": number}:
+            return f"round {number}: goes on"
         case {"event": "done", "job": job}:
             return f"job {job} is over"
     return ", ".join(f"{key} {value}" for key, value in event.items())

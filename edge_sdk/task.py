@@ -18,6 +18,9 @@ from typing import Any
 from edge_sdk.errors import EdgeError, TaskError
 from edge_sdk.wire import DEVICE_ID, Training
 
+# Each view of each sample may be kept on the device.
+MAX_VIEWS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -37,6 +40,15 @@ class Task:
                   form the trunk that joins them.
     training:     optimiser, learning rate, batch size, local epochs.
     pretraining:  how the server trains on ``public_data`` before the first round; None: not at all.
+    augment:      ``augment(inputs, generator)`` returns changed inputs, or None. It is called with
+                  one sample at a time, a batch of 1, and a ``torch.Generator`` from which it draws
+                  all its random numbers: seeded from the sample and the view, so that a view of a
+                  sample is always the same. The results are joined along the first axis. Not used
+                  for evaluation.
+    augment_views: in how many views each sample is seen, one per epoch, in turn. The number is
+                  fixed so that what frozen blocks compute of each view can be kept.
+    random_prefix: frozen blocks compute something else each time, so it must not be kept.
+    lossy_prefix: what frozen blocks compute may be approximate: int8 arithmetic, float16 storage.
     """
 
     name: str
@@ -49,6 +61,10 @@ class Task:
     chains: Mapping[str, Sequence[str]] | None = None
     training: Training = field(default_factory=Training)
     pretraining: Training | None = None
+    augment: Callable[[Any, Any], Any] | None = None
+    augment_views: int = 1
+    random_prefix: bool = False
+    lossy_prefix: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or re.match(DEVICE_ID, self.name) is None:
@@ -62,6 +78,25 @@ class Task:
             self.pretraining, Training | None
         ):
             raise TaskError(f"Task {self.name!r}: training and pretraining must be Training(...)")
+        self._check_augmentation()
+
+    def _check_augmentation(self) -> None:
+        if self.augment is not None and not callable(self.augment):
+            raise TaskError(f"Task(augment=...) of {self.name!r} is not callable")
+        views = self.augment_views
+        if type(views) is not int or not 1 <= views <= MAX_VIEWS:
+            raise TaskError(
+                f"Task(augment_views={views!r}) of {self.name!r}: "
+                f"give a whole number from 1 to {MAX_VIEWS}"
+            )
+        if views > 1 and self.augment is None:
+            raise TaskError(
+                f"Task(augment_views={views}) of {self.name!r}: there is no augment to make views; "
+                "add augment=..., or leave augment_views out"
+            )
+        for attribute in ("random_prefix", "lossy_prefix"):
+            if type(getattr(self, attribute)) is not bool:
+                raise TaskError(f"Task({attribute}=...) of {self.name!r}: say True or False")
 
 
 def check_task_file(path: Path) -> None:

@@ -1,24 +1,25 @@
-"""Local training with torch: open the planned blocks, step the optimiser, measure what it cost.
-
-The optimisers are written out, equal to torch's to the bit, because the first step of a
-``torch.optim`` optimiser loads torch's compiler: two seconds and 70 MiB on every device.
-"""
+"""Local training with torch: open the planned blocks, take the planned steps, evaluate."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
-from edge_sdk.cost import CostTable
-from edge_sdk.errors import TaskError
-from edge_sdk.model import BlockModel, cost_table
+from edge_sdk.errors import EdgeError, ProtocolMisuse, TaskError
+from edge_sdk.model import BlockModel
+from edge_sdk.optimizer import Optimizer
+from edge_sdk.plan import Plan
+from edge_sdk.recompute import recomputing
+from edge_sdk.task import Task
 from edge_sdk.wire import Training
-
-ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 
 
 class Samples:
@@ -48,121 +49,288 @@ class Samples:
 
     def take(self, index: torch.Tensor) -> tuple[Any, Any]:
         """Inputs and targets of the samples at ``index``."""
-        return _index(self.inputs, index), _index(self.targets, index)
+        return self.inputs_at(index), self.targets_at(index)
+
+    def inputs_at(self, index: torch.Tensor) -> Any:
+        """Inputs of the samples at ``index``."""
+        return _index(self.inputs, index)
+
+    def targets_at(self, index: torch.Tensor) -> Any:
+        """Targets of the samples at ``index``."""
+        return _index(self.targets, index)
 
     def first(self, count: int) -> tuple[Any, Any]:
         """The first ``count`` samples, repeated when there are fewer."""
         return self.take(torch.arange(count) % self.count)
 
 
-class Optimizer:
-    """SGD with momentum, Adam or AdamW over the given parameters; state starts empty."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], training: Training) -> None:
-        self._parameters, self._training = parameters, training
-        self._state: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._steps = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Apply the gradients and drop them."""
-        self._steps += 1
-        update = _sgd if self._training.optimizer == "sgd" else _adam
-        for place, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
-                state = self._state.get(place)
-                self._state[place] = update(parameter, state, self._training, self._steps)
-                parameter.grad = None
-
-
-State = tuple[torch.Tensor, ...] | None
-
-
-def _sgd(parameter: torch.nn.Parameter, state: State, how: Training, _step: int) -> Any:
-    gradient = parameter.grad
-    assert gradient is not None
-    if how.weight_decay:
-        gradient = gradient.add(parameter, alpha=how.weight_decay)
-    if not how.momentum:
-        parameter.add_(gradient, alpha=-how.learning_rate)
-        return ()
-    velocity = gradient.clone() if state is None else state[0].mul_(how.momentum).add_(gradient)
-    parameter.add_(velocity, alpha=-how.learning_rate)
-    return (velocity,)
-
-
-def _adam(parameter: torch.nn.Parameter, state: State, how: Training, step: int) -> Any:
-    gradient = parameter.grad
-    assert gradient is not None
-    if how.weight_decay and how.optimizer == "adamw":
-        parameter.mul_(1 - how.learning_rate * how.weight_decay)
-    elif how.weight_decay:
-        gradient = gradient.add(parameter, alpha=how.weight_decay)
-    mean, square = state or (torch.zeros_like(parameter), torch.zeros_like(parameter))
-    mean.lerp_(gradient, 1 - ADAM_BETA1)
-    square.mul_(ADAM_BETA2).addcmul_(gradient, gradient, value=1 - ADAM_BETA2)
-    step_size = how.learning_rate / (1 - ADAM_BETA1**step)
-    denominator = (square.sqrt() / math.sqrt(1 - ADAM_BETA2**step)).add_(ADAM_EPSILON)
-    parameter.addcdiv_(mean, denominator, value=-step_size)
-    return mean, square
-
-
 class Diverged(TaskError):
-    """The loss is no number any more; nothing is sent."""
+    """The loss or a weight is no finite number any more; nothing is sent."""
+
+
+class Prefix(Protocol):
+    """Something that runs the frozen blocks, or remembers what they compute."""
+
+    def output(self, index: torch.Tensor, view: int) -> Any:
+        """The model's output for the samples at ``index``, with a gradient for trained blocks.
+
+        ``view`` is the number of the augmented view, as ``view_of`` makes it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What training did.
+
+    loss:         mean over the samples of the last epoch, or of the steps taken in it.
+    num_examples: distinct samples used.
+    """
+
+    loss: float
+    steps: int
+    num_examples: int
 
 
 def train(
     model: BlockModel,
     samples: Samples,
-    blocks: tuple[str, ...],
+    plan: Plan,
     training: Training,
     *,
-    micro_batch: int,
     order_seed: int,
+    prefix: Prefix | None = None,
     pause: Callable[[], None] = lambda: None,
-) -> tuple[float, int]:
-    """Train ``blocks`` for the given epochs; the last epoch's mean loss and the number of steps.
+) -> TrainResult:
+    """Carry the plan's local steps out.
 
-    ``order_seed`` fixes the order of the samples. ``pause`` is called before every step and may
-    raise to stop. Raises Diverged when the loss is not finite.
+    ``order_seed`` fixes the order of the samples and their views. ``pause`` is called before every
+    step and may raise to stop. Raises Diverged when the loss or a weight is not finite, TaskError
+    when the task's model, loss or data cannot be trained this way.
     """
-    optimizer = Optimizer(model.open_only(blocks), training)
-    generator = torch.Generator().manual_seed(order_seed)
+    smallest = _check(model, samples, plan)
+    run = _Trainer(model, samples, plan, training, prefix, smallest)
     torch.manual_seed(order_seed)
-    steps, total = 0, 0.0
-    for _ in range(training.local_epochs):
+    try:
+        with ExitStack() as stack:
+            if plan.checkpoint:
+                stack.enter_context(recomputing(model))
+            if plan.step_in_backward:
+                stack.enter_context(run.optimizer.in_backward())
+            result = run.epochs(training.local_epochs, order_seed, pause)
+    finally:
+        # What was given up half-way must not count in the next round.
+        model.module.zero_grad(set_to_none=True)
+    _check_weights(model, plan.blocks)
+    return result
+
+
+def _check(model: BlockModel, samples: Samples, plan: Plan) -> int:
+    """The fewest samples the model can be run on; TaskError when the plan gives it fewer."""
+    if plan.step_in_backward and plan.micro_batch < plan.batch_size:
+        raise ProtocolMisuse(
+            f"a plan steps in backward with micro-batches of {plan.micro_batch} of a batch of "
+            f"{plan.batch_size}: a gradient is complete only after the last of them"
+        )
+    if min(plan.batch_size, plan.micro_batch, plan.steps or 1) < 1 or plan.steps == 0:
+        raise ProtocolMisuse(
+            f"a plan of batches of {plan.batch_size}, micro-batches of {plan.micro_batch} and "
+            f"{plan.steps} steps: each must be at least 1"
+        )
+    layer = _batch_statistics(model, plan.blocks)
+    if layer is None:
+        return 1
+    for what, count in (
+        ("the batch size is", plan.batch_size),
+        ("the micro-batch is", plan.micro_batch),
+        ("the number of samples is", samples.count),
+    ):
+        if count < 2:
+            raise TaskError(
+                f"task {model.task.name!r}: block {layer[0]!r} cannot be trained: {layer[1]!r} "
+                f"takes its statistics over a batch and needs 2 samples, {what} {count}. Raise it, "
+                "normalise with GroupNorm or LayerNorm, or leave the block frozen."
+            )
+    return 2
+
+
+def min_micro_batch(model: BlockModel, blocks: Collection[str] | None = None) -> int:
+    """The fewest samples that can be trained on at once: 2 with batch statistics in the blocks.
+
+    Without ``blocks``: in any block.
+    """
+    return 1 if _batch_statistics(model, blocks or model.spec.names) is None else 2
+
+
+def _batch_statistics(model: BlockModel, blocks: Collection[str]) -> tuple[str, str] | None:
+    """The first of the blocks with a layer that normalises over the batch, and that layer."""
+    block_of = {t.name: b.name for b in model.spec.blocks for t in b.tensors}
+    for path, module in model.module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            owner = path
+            # A layer without tensors goes with the module it is in.
+            while not (inside := _blocks_below(block_of, owner)) and owner:
+                owner = owner.rpartition(".")[0]
+            for name in blocks:
+                if name in inside:
+                    return name, path
+    return None
+
+
+def _blocks_below(block_of: Mapping[str, str], path: str) -> set[str]:
+    return {block for key, block in block_of.items() if not path or key.startswith(path + ".")}
+
+
+def _check_weights(model: BlockModel, blocks: Collection[str]) -> None:
+    for name, tensor in [item for b in blocks for item in model.tensors(b).items()]:
+        # The least and the largest are NaN when one element is.
+        ends = torch.aminmax(tensor.detach()) if tensor.numel() else ()
+        if not all(math.isfinite(float(end)) for end in ends):
+            raise Diverged(
+                f"task {model.task.name!r}: tensor {name!r} is not finite after training; "
+                "nothing is sent. Lower the learning rate or check the data."
+            )
+
+
+class _Trainer:
+    """The optimiser and what it works on, for one call of ``train``."""
+
+    def __init__(
+        self,
+        model: BlockModel,
+        samples: Samples,
+        plan: Plan,
+        training: Training,
+        prefix: Prefix | None,
+        smallest: int,
+    ) -> None:
+        parameters = model.open_only(plan.blocks)
+        if not parameters:
+            raise TaskError(
+                f"task {model.task.name!r}: blocks {list(plan.blocks)} have no parameter that can "
+                "be trained; put their tensors into a block with parameters"
+            )
+        self.optimizer = Optimizer(parameters, training)
+        self._model, self._samples, self._plan = model, samples, plan
+        self._prefix, self._smallest = prefix, smallest
+        self._steps = 0
+
+    def epochs(self, epochs: int, order_seed: int, pause: Callable[[], None]) -> TrainResult:
+        """All epochs, or as many steps as the plan says."""
+        generator = torch.Generator().manual_seed(order_seed)
+        seen, total, used = 0, 0.0, 0
+        for epoch in range(epochs):
+            order = torch.randperm(self._samples.count, generator=generator)
+            view = (order_seed + epoch) % self._model.task.augment_views
+            batches = _parts(order, self._plan.batch_size, self._smallest)
+            for place, batch in enumerate(batches):
+                if self._steps == self._plan.steps:
+                    break
+                pause()
+                if place == 0:
+                    seen, total = 0, 0.0
+                total += self._step(batch, view)
+                seen += len(batch)
+                used = max(used, seen)
+        return TrainResult(loss=total / seen, steps=self._steps, num_examples=used)
+
+    def _step(self, batch: torch.Tensor, view: int) -> float:
+        """One optimiser step, its gradient accumulated over micro-batches; the summed loss."""
         total = 0.0
-        order = torch.randperm(samples.count, generator=generator)
-        for batch in torch.split(order, training.batch_size):
-            pause()
-            total += _step(model, samples, batch, micro_batch, optimizer, steps)
-            steps += 1
-    return total / samples.count, steps
+        for part in _parts(batch, self._plan.micro_batch, self._smallest):
+            total += self._backward(part, len(part) / len(batch), view) * len(part)
+        self.optimizer.step()
+        self._steps += 1
+        return total
 
+    def _backward(self, part: torch.Tensor, share: float, view: int) -> float:
+        """Gradients of one micro-batch; its mean loss."""
+        task = self._model.task
+        if self._prefix is not None:
+            output = self._prefix.output(part, view)
+        else:
+            output = self._model.run(view_of(task, self._samples, part, view))
+        loss = task.loss(output, self._samples.targets_at(part))
+        del output
+        value = self._value(loss)
+        (loss if share == 1 else loss * share).backward()
+        return value
 
-def _step(
-    model: BlockModel,
-    samples: Samples,
-    batch: torch.Tensor,
-    micro_batch: int,
-    optimizer: Optimizer,
-    step: int,
-) -> float:
-    """One optimiser step, its gradient accumulated over micro-batches; the summed loss."""
-    total = 0.0
-    for part in torch.split(batch, micro_batch):
-        inputs, targets = samples.take(part)
-        loss = model.task.loss(model.run(inputs), targets)
+    def _value(self, loss: Any) -> float:
+        task = self._model.task.name
+        if not isinstance(loss, torch.Tensor):
+            raise TaskError(f"task {task!r}: loss() returned {type(loss).__name__}, not a tensor")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise TaskError(
+                f"task {task!r}: loss() returned a tensor of shape {tuple(loss.shape)} and "
+                f"{loss.dtype}; return one number, the mean over the samples"
+            )
         value = float(loss.detach())
         if not math.isfinite(value):
             raise Diverged(
-                f"task {model.task.name!r}: the loss is {value} at step {step}; nothing is sent. "
+                f"task {task!r}: the loss is {value} at step {self._steps}; nothing is sent. "
                 "Lower the learning rate or check the data."
             )
-        (loss if len(part) == len(batch) else loss * (len(part) / len(batch))).backward()
-        total += value * len(part)
-    optimizer.step()
-    return total
+        if not loss.requires_grad:
+            raise TaskError(
+                f"task {task!r}: the loss does not depend on the trained blocks "
+                f"{list(self._plan.blocks)}; in loss() and forward() use no detach(), item() or "
+                "numpy(), and let every block have a part in the output"
+            )
+        return value
+
+
+def _parts(index: torch.Tensor, size: int, smallest: int) -> list[torch.Tensor]:
+    """Parts of at most ``size``, none below ``smallest`` (1 or 2).
+
+    A single one left over takes a second from the part before it; a part of 2 takes it in.
+    """
+    parts = list(torch.split(index, size))
+    if len(parts) > 1 and len(parts[-1]) < smallest:
+        last = torch.cat(parts[-2:])
+        parts[-2:] = [last[:-2], last[-2:]] if size > 2 else [last]
+    return parts
+
+
+def view_of(task: Task, samples: Samples, index: torch.Tensor, view: int) -> Any:
+    """Inputs of the samples at ``index`` as augmented view ``view`` has them; always the same."""
+    if task.augment is None:
+        return samples.inputs_at(index)
+    seen = []
+    for number in index.tolist():
+        # Only 32 bits of a seed count for torch.
+        digest = hashlib.sha256(f"{number}/{view}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        one = samples.inputs_at(torch.tensor([number]))
+        try:
+            seen.append(_tensors(task.augment(one, generator)))
+        except (EdgeError, MemoryError):
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"task {task.name!r}: augment() failed on sample {number}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    try:
+        return _stacked(seen)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise TaskError(
+            f"task {task.name!r}: augment() must return, for every sample, inputs of one structure "
+            f"and shape with a batch of 1 along the first axis: {error}"
+        ) from error
+
+
+def _stacked(batches: Sequence[Any]) -> Any:
+    first = batches[0]
+    if isinstance(first, (Mapping, tuple)):
+        keys = list(first) if isinstance(first, Mapping) else range(len(first))
+        if any(type(batch) is not type(first) or len(batch) != len(first) for batch in batches):
+            raise TypeError("the structures differ")
+        parts = {key: _stacked([batch[key] for batch in batches]) for key in keys}
+        return parts if isinstance(first, Mapping) else tuple(parts.values())
+    whole = torch.cat(list(batches))
+    if len(whole) != len(batches):
+        raise TypeError(f"{len(batches)} samples became {len(whole)}")
+    return whole
 
 
 @torch.no_grad()
@@ -187,11 +355,6 @@ def _are_labels(output: Any, targets: Any) -> bool:
         and targets.dtype == torch.int64
         and output.dim() == targets.dim() + 1
     )
-
-
-def costs(model: BlockModel, samples: Samples) -> CostTable:
-    """The cost table of a model on the first samples of its data."""
-    return cost_table(model, lambda n: samples.first(n)[0], lambda n: samples.first(n)[1])
 
 
 def _tensors(data: Any) -> Any:

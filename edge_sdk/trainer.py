@@ -9,6 +9,7 @@ sees its end of the pair close and leaves.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import queue
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,28 +29,37 @@ import msgspec
 
 from edge_sdk.cost import CostTable
 from edge_sdk.errors import ConfigError, DamagedBlock, EdgeError, ProtocolMisuse, TaskError
+from edge_sdk.memory import MALLOC, THREAD_LIMITS
 from edge_sdk.plan import Plan
 from edge_sdk.store import BlockCache, Spool
+from edge_sdk.ways import FILL_BATCH
 from edge_sdk.wire import Offer, UpdateMetrics
 
 if TYPE_CHECKING:
     import numpy as np
 
     from edge_sdk.model import BlockModel
+    from edge_sdk.prefix import OpenPrefix
     from edge_sdk.train import Samples
 
-# glibc keeps freed memory in arenas unless told otherwise: up to a fifth of the peak that no cost
-# model can predict. With one mebibyte thresholds large tensors go back to the system at once.
-THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-    "MALLOC_TRIM_THRESHOLD_": "1048576",
-    "MALLOC_ARENA_MAX": "2",
-}
+# When memory runs out the kernel is to take this process, before anybody else's.
+OOM_SCORE = "1000"
+# How torch, oneDNN, glibc and Python say that they were refused memory or a thread's stack.
+REFUSED_MEMORY = (
+    *("alloc", "out of memory", "could not create a primitive", "start new thread"),
+    *("Cannot allocate", "thread creation failed", "Resource temporarily unavailable"),
+)
+
+log = logging.getLogger("edge_sdk")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Agent: this is your task and where the blocks and the spool are."""
+    """Agent: this is your task and where the blocks and the spool are.
+
+    prefix_dir: where the outputs of frozen blocks may be kept, up to ``storage_bytes``.
+    describe:   False for one who was told before what the task costs: finding out takes longer,
+                and more memory, than all else at the start.
+    """
 
     job: str
     task_path: str
@@ -56,7 +67,10 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     parts: int
     cache_dir: str
     spool_dir: str
+    prefix_dir: str
+    storage_bytes: int
     threads: int
+    describe: bool = True
 
 
 class Train(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -70,6 +84,14 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Agent: give up what you are training; no answer."""
 
 
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Agent: rest after the present step, keeping everything, until Resume; no answer."""
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Agent: go on where you paused; no answer."""
+
+
 class Described(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Trainer: what the task costs here, ``floor_bytes`` is my memory without the model."""
 
@@ -77,6 +99,12 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     table: CostTable
     floor_bytes: int
     num_examples: int
+
+
+class Up(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Trainer: I am there; what the task costs you know."""
+
+    pid: int
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -94,8 +122,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
-Order = Setup | Train | Stop
-Answer = Described | Trained | Failed
+Order = Setup | Train | Stop | Pause | Resume
+Answer = Described | Up | Trained | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +155,17 @@ class Trainer:
         self.life = 0
         self.pid: int | None = None
 
-    def start(self) -> None:
-        """Start a fresh process and give it its task."""
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not stopped; one that died stays running until then."""
+        return self._connection is not None
+
+    def start(self, *, describe: bool = True) -> None:
+        """Start a fresh process and give it its task, to be described or only to be loaded."""
         self.stop()
         self.life += 1
         self._connection = self._from_nursery() if self._nursery else self._spawn()
-        self._send(self._setup)
+        self._send(msgspec.structs.replace(self._setup, describe=describe))
         reader = threading.Thread(
             target=_read, args=(self._connection, self._child, self.life, self._inbox), daemon=True
         )
@@ -145,6 +178,14 @@ class Trainer:
     def give_up(self) -> None:
         """Abandon the plan being trained; the process stays."""
         self._send(Stop())
+
+    def pause(self) -> None:
+        """Rest between two steps until ``resume``."""
+        self._send(Pause())
+
+    def resume(self) -> None:
+        """Go on from the last finished step."""
+        self._send(Resume())
 
     def stop(self) -> None:
         """End the process; a no-op when there is none."""
@@ -206,17 +247,18 @@ def _read(
 
 def serve(connection: Connection) -> None:
     """The trainer's own loop: one order, one answer, until the agent is gone."""
-    decoder = msgspec.msgpack.Decoder(Order)
+    orders = _Orders(connection)
     worker: _Worker | None = None
+    _offer_to_the_kernel()
     while True:
         try:
-            order = decoder.decode(connection.recv_bytes())
+            order = orders.next()
         except (EOFError, OSError):
             return
         try:
             if isinstance(order, Setup):
-                worker = _Worker(order, connection)
-                answer: Answer = worker.described
+                worker = _Worker(order, orders)
+                answer: Answer = worker.hello
             elif isinstance(order, Train) and worker is not None:
                 answer = worker.train(order)
             else:
@@ -230,7 +272,7 @@ def serve(connection: Connection) -> None:
             connection.send_bytes(msgspec.msgpack.encode(answer))
 
 
-def _floor_bytes() -> int:
+def floor_bytes() -> int:
     """What this process holds before it trains: torch, the task's imports and data, the model."""
     import ctypes
 
@@ -248,7 +290,10 @@ def _floor_bytes() -> int:
 def _kind(error: Exception) -> str:
     if isinstance(error, DamagedBlock):
         return "damaged"
-    return "memory" if isinstance(error, MemoryError) or "alloc" in str(error) else "task"
+    refused = isinstance(error, (MemoryError, RuntimeError, OSError)) and any(
+        words in str(error) for words in REFUSED_MEMORY
+    )
+    return "memory" if refused or isinstance(error, MemoryError) else "task"
 
 
 def _words(error: Exception) -> str:
@@ -262,19 +307,57 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
+def _offer_to_the_kernel() -> None:
+    """Be the first to go when memory runs out: anybody may raise the score of his own process."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+
+
 class _Superseded(Exception):
     """Another order waits, or the agent is gone: what is being trained is abandoned."""
+
+
+class _Orders:
+    """The agent's orders, one after another; those to pause are obeyed between two steps."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._decoder = msgspec.msgpack.Decoder(Order)
+        self._waiting: Order | None = None
+        self.paused_s = 0.0
+
+    def next(self) -> Order:
+        """The next order; EOFError or OSError when the agent is gone."""
+        order, self._waiting = self._waiting, None
+        return order if order is not None else self._receive()
+
+    def rest(self) -> None:
+        """Between steps: wait through a pause; _Superseded for any other order."""
+        while self._connection.poll(0):
+            order = self._receive()
+            started_s = time.monotonic()
+            while isinstance(order, Pause):
+                order = self._receive()
+            self.paused_s += time.monotonic() - started_s
+            if not isinstance(order, Resume):
+                self._waiting = order
+                raise _Superseded
+
+    def _receive(self) -> Order:
+        return self._decoder.decode(self._connection.recv_bytes())  # type: ignore[no-any-return]
 
 
 class _Worker:
     """The task, its model and its data in the trainer's memory, between rounds."""
 
-    def __init__(self, setup: Setup, connection: Connection) -> None:
+    def __init__(self, setup: Setup, orders: _Orders) -> None:
         import torch
 
         from edge_sdk.model import BlockModel
+        from edge_sdk.prefix import Prefixes
         from edge_sdk.task import load_task
-        from edge_sdk.train import Samples, costs
+        from edge_sdk.trace import cost_table_apart
+        from edge_sdk.train import Samples
 
         torch.set_num_threads(setup.threads)
         task = load_task(Path(setup.task_path))
@@ -287,21 +370,26 @@ class _Worker:
         self.samples: Samples = Samples(data, where)
         del data
         self.model: BlockModel = BlockModel(task)
-        self.setup, self._connection = setup, connection
+        self.setup, self.orders = setup, orders
         self.cache, self.spool = BlockCache(Path(setup.cache_dir)), Spool(Path(setup.spool_dir))
+        self.prefixes = Prefixes(self.model, self.samples, Path(setup.prefix_dir))
         self.loaded: dict[str, str] = {}
-        table = costs(self.model, self.samples)
-        self.described = Described(
-            pid=os.getpid(),
-            table=table,
-            floor_bytes=_floor_bytes() - self.model.spec.size_bytes,
-            num_examples=self.samples.count,
-        )
+        self.hello: Described | Up = Up(pid=os.getpid())
+        if setup.describe:
+            table = cost_table_apart(self.model, self.samples)
+            self.hello = Described(
+                pid=os.getpid(),
+                table=table,
+                floor_bytes=floor_bytes() - self.model.spec.size_bytes,
+                num_examples=self.samples.count,
+            )
 
     def pause(self) -> None:
-        """Between steps: stop when the agent has said something, or is gone."""
-        if self._connection.poll(0):
-            raise _Superseded
+        """Between steps: rest when the agent says so, stop when it has another order or is gone."""
+        try:
+            self.orders.rest()
+        except (EOFError, OSError) as error:
+            raise _Superseded from error
 
     def train(self, order: Train) -> Trained:
         """Carry a plan out and put the update into the spool."""
@@ -336,24 +424,27 @@ class _Local:
         """Load the offer's blocks, then take the local steps."""
         from edge_sdk.train import train
 
-        self._load()
+        prefix = self._prefix(plan)
         training = self._order.offer.training
         part, number = self._worker.setup.part, self._order.offer.round
+        orders = self._worker.orders
         started_s, started_cpu_s = time.monotonic(), time.process_time()
+        paused_s = orders.paused_s
         for name in plan.blocks:
             self._worker.loaded.pop(name, None)
-        self._loss, self._steps = train(
+        done = train(
             self._worker.model,
             self._worker.samples,
-            plan.blocks,
+            plan,
             training,
-            micro_batch=plan.micro_batch,
             order_seed=seed_of(training.seed, number, part),
+            prefix=prefix,
             pause=self._worker.pause,
         )
-        self._train_s = time.monotonic() - started_s
+        self._train_s = time.monotonic() - started_s - (orders.paused_s - paused_s)
         self._train_cpu_s = time.process_time() - started_cpu_s
-        return self._worker.samples.count
+        self._loss, self._steps = done.loss, done.steps
+        return done.num_examples
 
     def metrics(self) -> UpdateMetrics:
         """Measured up to now; the peak is the process's since the round began."""
@@ -394,11 +485,53 @@ class _Local:
         """A block as it is now."""
         return self._worker.model.read(block)
 
-    def _load(self) -> None:
-        for name, entry in self._entries.items():
-            if self._worker.loaded.get(name) != entry.sha256:
-                self._worker.model.write(name, self.base(name))
-                self._worker.loaded[name] = entry.sha256
+    def _prefix(self, plan: Plan) -> OpenPrefix | None:
+        """Load what the plan needs; its frozen prefix, where that runs apart.
+
+        A prefix that turns out not to run apart is run with the rest, which only costs more.
+        """
+        from edge_sdk.prefix_cut import NoPrefix
+
+        apart = (
+            ()
+            if plan.prefix.engine == "torch" and plan.prefix.cache == "none"
+            else (plan.prefix.blocks)
+        )
+        self._load([name for name in self._entries if name not in apart])
+        # Only some of the samples are needed for some of the steps: those, when they are.
+        some = plan.steps is not None
+        how = plan.prefix
+        try:
+            return self._worker.prefixes.open(
+                how,
+                {name: self._entries[name].sha256 for name in how.blocks},
+                limit_bytes=plan.budget_bytes
+                if how.cache == "memory"
+                else self._worker.setup.storage_bytes,
+                batch_size=FILL_BATCH,
+                load=lambda name: self._load([name]),
+                wanted=() if some else None,
+                pause=self._worker.pause,
+            )
+        except NoPrefix as error:
+            log.warning("round %d: %s", self._order.offer.round, error)
+            self._load(self._entries)
+            return None
+
+    def _load(self, names: Iterable[str]) -> None:
+        """Have these blocks in the model as the offer has them."""
+        from edge_sdk.hollow import restore, unloaded
+
+        model, loaded = self._worker.model, self._worker.loaded
+        empty = unloaded(model)
+        for name in names:
+            sha256 = self._entries[name].sha256
+            if name in empty:
+                restore(model, [name])
+            if name in empty or loaded.get(name) != sha256:
+                loaded.pop(name, None)
+                model.write(name, self.base(name))
+                loaded[name] = sha256
 
 
 def main() -> int:

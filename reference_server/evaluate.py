@@ -11,8 +11,10 @@ import torch
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.errors import EdgeError, TaskError
 from edge_sdk.model import Arrays, BlockModel
+from edge_sdk.plan import Plan
 from edge_sdk.task import load_task
 from edge_sdk.train import Samples, evaluate, train
+from edge_sdk.wire import Training
 from reference_server.versions import Manifest, VersionStore
 
 
@@ -44,17 +46,10 @@ class Evaluator:
         if public is None or how is None:
             return 0, 0.0
         with self._blaming("pre-training"):
-            loss, _ = train(
-                self.model,
-                public,
-                self.spec.names,
-                how,
-                micro_batch=how.batch_size,
-                order_seed=self.seed,
-                pause=progress,
-            )
+            plan = _whole(self.spec.names, how)
+            done = train(self.model, public, plan, how, order_seed=self.seed, pause=progress)
         self._loaded.clear()
-        return public.count, loss
+        return done.num_examples, done.loss
 
     def weights(self, block: str) -> Arrays:
         """A block of the model as it is in memory."""
@@ -102,3 +97,19 @@ class Evaluator:
             raise TaskError(
                 f"task {self.task.name!r}: {what} failed: {type(error).__name__}: {error}"
             ) from error
+
+
+def _whole(blocks: tuple[str, ...], how: Training) -> Plan:
+    """Everything at once: what the server trains is bound by no budget, and sent nowhere."""
+    return Plan(
+        blocks=blocks,
+        batch_size=how.batch_size,
+        micro_batch=how.batch_size,
+        codec="",
+        peak_bytes=0,
+        budget_bytes=0,
+        train_s=0.0,
+        round_s=0.0,
+        upload_bytes=0,
+        flops=0,
+    )

@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from edge_sdk.errors import StateError
+from edge_sdk.memory import MALLOC
 from edge_sdk.profile import load_profile
 from edge_sdk.store import make_directory
-from edge_sdk.trainer import MALLOC, serve
+from edge_sdk.trainer import serve
 from reference_server.broker import die_with_parent
 
 # Simulated devices give way to the server and the broker, with whom real ones share no processor.

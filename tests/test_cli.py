@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from edge_sdk.allowance import HEADROOM_SHARE
 from edge_sdk.cli import main
 from edge_sdk.errors import MIB
 from edge_sdk.link import Arrived, LinkEvent
 from edge_sdk.mqtt import Link
-from edge_sdk.profile import load_profile, parse_profile, shipped_profiles
+from edge_sdk.profile import load_profile, shipped_profiles
 from edge_sdk.store import Spool
 from edge_sdk.wire import Presence, Refusal, Topics, decode, encode
 from reference_server.broker import BrokerProcess, choose
@@ -178,31 +179,6 @@ def test_planning_from_a_cost_table_does_not_load_torch(
     assert json.loads(done.stdout) == measured[1], "the same as with torch"
 
 
-# profile
-
-
-def test_profile_as_json_has_time_and_spread_and_loads_nothing_heavy(edge: Edge) -> None:
-    words = ["profile", "--quick", "--name", "my-board", "--json"]
-    answer = json.loads(edge(*words, code=WITHOUT.replace("{heavy}", repr(HEAVY))).stdout)
-    assert answer["profile"]["name"] == "my-board"
-    assert 0 < answer["took_s"] < 10
-    rates = {key for key in answer["spreads"] if answer["spreads"][key] >= 0}
-    assert rates | set(answer["not_measured"]) == {
-        key for key in answer["profile"] if key.endswith("_per_s")
-    }
-
-
-def test_profile_as_text_is_toml_with_sources(edge: Edge, tmp_path: Path) -> None:
-    done = edge("profile", "--quick", "--save", tmp_path / "mine.toml")
-    assert done.returncode == 0, done.stderr
-    printed, saved = parse_profile(done.stdout, "stdout"), load_profile(tmp_path / "mine.toml")
-    assert printed.memory_bytes == saved.memory_bytes
-    assert saved.sources["cores"].startswith("measured: ")
-    lines = {line.split(" ")[0]: line for line in done.stdout.splitlines()}
-    assert re.search(r" # .*; measured: .*spread \d+%$", lines["storage_write_bytes_per_s"])
-    assert re.search(r" # .*; assumed: cautious value", lines["uplink_bytes_per_s"])
-
-
 # plan
 
 
@@ -214,10 +190,11 @@ def test_plan_prints_blocks_and_plan(measured: tuple[Path, dict[str, Any]]) -> N
             *("name", "params", "bytes", "activation_bytes_per_sample"),
             *("flops_forward_per_sample", "flops_backward_per_sample"),
         }
-        assert block["flops_backward_per_sample"] == 2 * block["flops_forward_per_sample"]
+        assert block["flops_backward_per_sample"] >= block["flops_forward_per_sample"]
     plan = answer["plan"]
     assert plan["blocks"] == [block["name"] for block in answer["blocks"]]
-    assert plan["peak_bytes"] <= plan["budget_bytes"] == load_profile(BOARD).memory_bytes
+    usable_bytes = int(load_profile(BOARD).memory_bytes * (1 - HEADROOM_SHARE))
+    assert plan["peak_bytes"] <= plan["budget_bytes"] == usable_bytes
     assert plan["round_s"] > plan["train_s"] > 0
     assert plan["micro_batch"] <= plan["batch_size"] == answer["training"]["batch_size"]
     assert answer["num_examples"] > 1
@@ -227,25 +204,32 @@ def test_a_small_budget_leaves_blocks_out_and_says_why(
     call: Edge, measured: tuple[Path, dict[str, Any]]
 ) -> None:
     words = ["plan", "--cost-table", measured[0], "--profile", BOARD, "--batch-size", "1"]
+    words += ["--deadline-s", "100000"]
     everything = json.loads(call(*words, "--json").stdout)["plan"]
     assert everything["left_out"] == []
-    allowed = everything["peak_bytes"] // MIB - 1
+    most = int(everything["peak_bytes"] / MIB / (1 - HEADROOM_SHARE))
+    for allowed in range(most, 0, -1):  # first the same blocks are trained in less memory
+        answer = json.loads(call(*words, "--memory-mb", allowed, "--json").stdout)["plan"]
+        if answer["blocks"] != everything["blocks"]:
+            break
     words += ["--memory-mb", str(allowed)]
-    answer = json.loads(call(*words, "--json").stdout)["plan"]
-    assert answer["budget_bytes"] == allowed * MIB >= answer["peak_bytes"]
+    usable_bytes = int(allowed * MIB * (1 - HEADROOM_SHARE))
+    assert answer["budget_bytes"] == usable_bytes >= answer["peak_bytes"]
     assert answer["blocks"] == everything["blocks"][-len(answer["blocks"]) :]
     assert len(answer["blocks"]) < len(everything["blocks"])
-    assert f"{allowed} MiB allowed by flag" in answer["left_out"][0]["reason"]
+    assert f"{usable_bytes / MIB:.0f} MiB allowed by flag" in answer["left_out"][0]["reason"]
     text = call(*words).stdout
     assert f"{BOARD} trains {', '.join(answer['blocks'])}\n" in text
-    assert re.search(rf"^not embed, .*: needs \d+ MiB .*, {allowed} MiB allowed by ", text, re.M)
+    assert re.search(
+        rf"^not embed, .*: needs \d+ MiB .*, {usable_bytes / MIB:.0f} MiB allowed by ", text, re.M
+    )
 
 
 def test_all_boards_get_a_row_even_if_nothing_fits(
     call: Edge, measured: tuple[Path, dict[str, Any]]
 ) -> None:
-    words = ["plan", "--cost-table", measured[0], "--profile", "all", "--memory-mb", "260"]
-    words += ["--deadline-s", "60", "--num-examples", "1000000"]
+    words = ["plan", "--cost-table", measured[0], "--profile", "all", "--memory-mb", "150"]
+    words += ["--num-examples", "1000000"]
     done = call(*words)
     assert done.returncode == 0, done.stderr
     lines = {line.split(" ")[0]: line for line in done.stdout.splitlines()}
@@ -267,7 +251,7 @@ def test_one_board_where_nothing_fits_is_an_error(
     assert "forward FLOP" in done.stdout
     answer = json.loads(edge(*words, "--json").stdout)
     assert answer["plan"] is None
-    assert "100 MiB allowed by flag" in answer["reason"]
+    assert "94 MiB allowed by flag" in answer["reason"]
 
 
 @pytest.mark.parametrize(
@@ -482,7 +466,7 @@ def test_doctor_exits_2_with_what_to_fix(edge: Edge, stubs: Path, tmp_path: Path
     done = edge("doctor", "--state", state, PYTHONPATH=str(stubs))
     assert done.returncode == 2
     assert re.search(r"^fail  torch        importing it was killed by SIGILL", done.stdout, re.M)
-    assert re.search(r"^ +to fix: .* -m pip install --upgrade torch$", done.stdout, re.M)
+    assert re.search(r"^ +to fix: .* -m pip install 'torch<2.10'$", done.stdout, re.M)
     assert done.stderr == "2 of 13 failed: storage, torch\n"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edge_sdk.errors import TaskError
-from edge_sdk.infer import OnnxModel
+from edge_sdk.infer import OnnxModel, quantize
 
 
 class Pair(nn.Module):
@@ -118,3 +118,23 @@ def test_running_a_model_loads_no_torch() -> None:
     code = "import sys, edge_sdk.infer; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_int8_weights_take_less_and_compute_nearly_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.zeros(8, 64),), str(whole), input_names=["x"], dynamo=False)
+    quantize(whole, small)
+    assert small.stat().st_size < 0.4 * whole.stat().st_size
+    x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    exact, rough = (OnnxModel(path, spin=False).run({"x": x})[0] for path in (whole, small))
+    assert 0 < np.linalg.norm(exact - rough) < 0.03 * np.linalg.norm(exact)
+
+
+def test_what_is_no_model_cannot_be_quantised(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(TaskError, match="the model cannot be quantised: "):
+        quantize(tmp_path / "model.onnx", tmp_path / "small.onnx")

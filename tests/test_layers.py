@@ -25,37 +25,74 @@ class Room:
 
 
 # A file may import any file of a lower layer. Imports point down.
+def _files(*names: str) -> tuple[str, ...]:
+    return tuple(f"edge_sdk/{name}.py" for name in names)
+
+
 ROOMS = {
     "edge_sdk/errors.py": Room(0),
     "edge_sdk/blocks.py": Room(1),
-    "edge_sdk/profile.py": Room(1),
-    "edge_sdk/wire.py": Room(1, beside=("edge_sdk/blocks.py",)),
-    "edge_sdk/codec.py": Room(2, beside=("edge_sdk/cost.py",)),
+    "edge_sdk/figures.py": Room(1),
+    "edge_sdk/profile.py": Room(1, beside=_files("figures")),
+    "edge_sdk/wire.py": Room(1, beside=_files("blocks")),
+    "edge_sdk/codec.py": Room(2, beside=_files("cost")),
     "edge_sdk/cost.py": Room(2),
+    "edge_sdk/step.py": Room(2, beside=_files("cost")),
     "edge_sdk/pieces.py": Room(2),
     "edge_sdk/merge.py": Room(3),
-    "edge_sdk/plan.py": Room(3),
+    "edge_sdk/plan.py": Room(3, beside=_files("ways")),
+    "edge_sdk/ways.py": Room(3),
     "edge_sdk/session.py": Room(4),
-    "edge_sdk/offers.py": Room(4, beside=("edge_sdk/strategies/__init__.py",)),
+    "edge_sdk/offers.py": Room(4, beside=_files("strategies/__init__")),
     "edge_sdk/strategies/last_blocks.py": Room(4),
-    "edge_sdk/strategies/__init__.py": Room(
-        4,
-        beside=("edge_sdk/strategies/last_blocks.py",),
-    ),
+    "edge_sdk/strategies/__init__.py": Room(4, beside=_files("strategies/last_blocks")),
+    "edge_sdk/condition.py": Room(5, beside=_files("memory")),
+    "edge_sdk/confine.py": Room(5, beside=_files("memory", "process")),
+    "edge_sdk/corrections.py": Room(5, beside=_files("store")),
+    "edge_sdk/echo.py": Room(5, beside=_files("link", "measure", "mqtt")),
+    "edge_sdk/hollow.py": Room(5, beside=_files("model")),
     "edge_sdk/infer.py": Room(5),
     "edge_sdk/link.py": Room(5),
-    "edge_sdk/model.py": Room(5, beside=("edge_sdk/task.py",)),
-    "edge_sdk/mqtt.py": Room(5, beside=("edge_sdk/link.py",)),
-    "edge_sdk/probe.py": Room(5, beside=("edge_sdk/process.py",)),
+    "edge_sdk/measure.py": Room(5, beside=_files("memory")),
+    "edge_sdk/memory.py": Room(5),
+    "edge_sdk/model.py": Room(5, beside=_files("task")),
+    "edge_sdk/mqtt.py": Room(5, beside=_files("link")),
+    "edge_sdk/operators.py": Room(5),
+    "edge_sdk/optimizer.py": Room(5),
+    "edge_sdk/prefix.py": Room(
+        5,
+        beside=_files("hollow", "model", "prefix_cache", "prefix_cut", "prefix_export", "train"),
+    ),
+    "edge_sdk/prefix_cache.py": Room(5, beside=_files("store")),
+    "edge_sdk/prefix_cut.py": Room(5, beside=_files("hollow", "model")),
+    "edge_sdk/prefix_export.py": Room(5, beside=_files("infer", "model", "prefix_cut")),
+    "edge_sdk/probe.py": Room(5, beside=_files("condition", "echo", "measure", "memory")),
     "edge_sdk/process.py": Room(5),
+    "edge_sdk/quota.py": Room(5, beside=_files("memory")),
+    "edge_sdk/recompute.py": Room(5, beside=_files("model")),
     "edge_sdk/store.py": Room(5),
+    "edge_sdk/tally.py": Room(5, beside=_files("operators")),
     "edge_sdk/task.py": Room(5),
-    "edge_sdk/train.py": Room(5, beside=("edge_sdk/model.py", "edge_sdk/task.py")),
+    "edge_sdk/trace.py": Room(5, beside=_files("model", "recompute", "train", "watch")),
+    "edge_sdk/train.py": Room(5, beside=_files("model", "optimizer", "recompute", "task")),
+    "edge_sdk/watch.py": Room(5, beside=_files("model", "operators")),
     "edge_sdk/trainer.py": Room(6),
-    "edge_sdk/agent.py": Room(6, beside=("edge_sdk/trainer.py",)),
+    "edge_sdk/allowance.py": Room(6),
+    "edge_sdk/apart.py": Room(6, beside=_files("trainer")),
+    "edge_sdk/calibrate.py": Room(6, beside=_files("trainer")),
+    "edge_sdk/rehearse.py": Room(6, beside=_files("allowance", "apart", "trainer")),
+    "edge_sdk/emulate.py": Room(6, beside=_files("allowance", "rehearse", "trainer")),
+    "edge_sdk/tune.py": Room(6, beside=_files("allowance", "rehearse", "trainer")),
+    "edge_sdk/profile_edit.py": Room(6),
+    "edge_sdk/assignment.py": Room(6, beside=_files("trainer")),
+    "edge_sdk/supervisor.py": Room(6, beside=_files("allowance", "assignment", "trainer")),
+    "edge_sdk/agent.py": Room(6, beside=_files("assignment", "supervisor", "trainer")),
     "edge_sdk/doctor.py": Room(6),
     "edge_sdk/screen.py": Room(6),
-    "edge_sdk/cli.py": Room(7),
+    "edge_sdk/console.py": Room(6),
+    "edge_sdk/cli_rehearse.py": Room(7),
+    "edge_sdk/cli_plan.py": Room(7, beside=_files("cli_rehearse")),
+    "edge_sdk/cli.py": Room(7, beside=_files("cli_plan", "cli_rehearse")),
     "edge_sdk/__init__.py": Room(8),
     "edge_sdk/__main__.py": Room(8),
     "reference_server/broker.py": Room(10),
@@ -85,7 +122,9 @@ ROOMS = {
 # Besides layers 0-4 without `session`, the server shares these with the device.
 SERVER_MAY_IMPORT = {
     f"edge_sdk/{name}.py"
-    for name in ("infer", "link", "model", "mqtt", "probe", "process", "store", "task", "train")
+    for name in (
+        *("infer", "link", "memory", "model", "mqtt", "probe", "process", "store", "task", "train"),
+    )
 }
 
 STRATEGIES = tuple(path for path in ROOMS if path.startswith("edge_sdk/strategies/"))
@@ -93,18 +132,18 @@ STRATEGIES = tuple(path for path in ROOMS if path.startswith("edge_sdk/strategie
 # Who may import what we depend on; `msgspec` is everybody's.
 OWNERS: dict[str, tuple[str, ...]] = {
     "amqtt": ("reference_server/broker.py",),
-    "click": ("edge_sdk/cli.py", "reference_server/cli.py"),
+    "click": (
+        "edge_sdk/cli.py",
+        "edge_sdk/cli_plan.py",
+        "edge_sdk/cli_rehearse.py",
+        "edge_sdk/console.py",
+        "reference_server/cli.py",
+    ),
     "msgpack": ("edge_sdk/wire.py",),
     "msgspec": tuple(ROOMS),
     "numpy": (
-        "edge_sdk/cli.py",
-        "edge_sdk/codec.py",
-        "edge_sdk/infer.py",
-        "edge_sdk/merge.py",
-        "edge_sdk/model.py",
-        "edge_sdk/probe.py",
-        "edge_sdk/train.py",
-        "edge_sdk/trainer.py",
+        *_files("calibrate", "cli", "codec", "infer", "measure", "merge", "model", "prefix"),
+        *_files("prefix_cache", "prefix_export", "train", "trainer"),
         "reference_server/evaluate.py",
         "reference_server/export.py",
         "reference_server/versions.py",
@@ -114,7 +153,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("edge_sdk/infer.py",),
     "onnxscript": ("reference_server/export.py",),
     "paho": ("edge_sdk/mqtt.py",),
-    "psutil": ("edge_sdk/probe.py", "edge_sdk/process.py"),
+    "psutil": ("edge_sdk/condition.py", "edge_sdk/memory.py", "edge_sdk/process.py"),
     "rich": (
         "edge_sdk/cli.py",
         "edge_sdk/screen.py",
@@ -131,9 +170,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "tomli_w": ("edge_sdk/profile.py",),
     "tomllib": ("edge_sdk/profile.py",),
     "torch": (
-        "edge_sdk/model.py",
-        "edge_sdk/train.py",
-        "edge_sdk/trainer.py",
+        *_files("calibrate", "hollow", "model", "operators", "optimizer", "prefix", "prefix_cut"),
+        *_files("prefix_export", "recompute", "tally", "trace", "train", "trainer", "watch"),
         "reference_server/evaluate.py",
         "reference_server/export.py",
     ),
@@ -141,7 +179,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 
 # These start or are loaded into small processes: the heavy ones only inside functions.
-LAZY = ("edge_sdk/cli.py", "edge_sdk/probe.py", "edge_sdk/trainer.py")
+LAZY = ("edge_sdk/cli.py", "edge_sdk/measure.py", "edge_sdk/probe.py", "edge_sdk/trainer.py")
 
 SERVER_PURE = ("accounts", "fleet", "rounds")
 PURE = {path for path, room in ROOMS.items() if room.layer <= 4}

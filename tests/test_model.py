@@ -1,4 +1,4 @@
-"""Torch modules as blocks: how they are cut, written and frozen, and what their blocks cost."""
+"""Torch modules as blocks: how they are cut, written and frozen, and which of them is at work."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from edge_sdk.blocks import TRUNK
-from edge_sdk.cost import CostTable
 from edge_sdk.errors import TaskError
-from edge_sdk.model import BlockModel, cost_table
+from edge_sdk.model import BlockModel, watch_modules
 from edge_sdk.task import Task
 
 
@@ -23,15 +22,6 @@ def model_of(build: Callable[[], Any], **how: Any) -> BlockModel:
     return BlockModel(
         Task(name="t", build_model=build, loss=loss, train_data=lambda part, parts: ([], []), **how)
     )
-
-
-def costs_of(model: BlockModel, *shape: int, integers: bool = False) -> CostTable:
-    def inputs(count: int) -> torch.Tensor:
-        torch.manual_seed(2)
-        whole = torch.zeros(count, *shape, dtype=torch.long)
-        return whole if integers else torch.randn(count, *shape)
-
-    return cost_table(model, inputs, lambda count: torch.zeros(count))
 
 
 def small_net() -> nn.Sequential:
@@ -102,10 +92,6 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(self.embed(x)))
-
-
-def named(table: CostTable, field: str) -> dict[str, int]:
-    return {block.name: getattr(block, field) for block in table.blocks}
 
 
 # --- how a module is cut -----------------------------------------------------------------------
@@ -402,103 +388,26 @@ def test_dropout_goes_with_the_block_it_is_in() -> None:
     assert all(module.training for module in tower.modules())
 
 
-# --- what blocks cost --------------------------------------------------------------------------
+# --- which block is at work ----------------------------------------------------------------------
 
 
-def test_flops_of_linear_layers() -> None:
-    table = costs_of(model_of(small_net), 4)
-    assert named(table, "flops_forward_per_sample") == {"0": 2 * 4 * 8, "2": 0, "4": 2 * 8 * 3}
-    assert named(table, "params") == {"0": 40, "2": 16, "4": 27}
-    assert named(table, "size_bytes") == {"0": 160, "2": 4 * 32 + 8, "4": 108}
-    assert named(table, "elements") == {"0": 40, "2": 33, "4": 27}
+def test_blocks_are_announced_as_they_begin() -> None:
+    model, seen = model_of(Tower), list[str]()
+    handles = watch_modules(model, seen.append)
+    model.run(torch.randn(3, 4))
+    in_order = [name for place, name in enumerate(seen) if seen[place - 1 : place] != [name]]
+    assert in_order == ["embed", "layers.0", "layers.1", "head"]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model.run(torch.randn(3, 4))
+    assert seen == []
 
 
-def test_flops_of_convolutions() -> None:
-    build = lambda: nn.Sequential(  # noqa: E731
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.Conv2d(8, 8, 3, stride=2, groups=4),
-        nn.ConvTranspose2d(8, 2, 2),
-        nn.Flatten(2),
-        nn.Conv1d(2, 5, 4),
-    )
-    flops = named(costs_of(model_of(build), 3, 9, 9), "flops_forward_per_sample")
-    assert flops == {
-        "0": 2 * (3 * 9) * 8 * 81,
-        "1": 2 * (2 * 9) * 8 * 16,
-        "2": 2 * (2 * 4) * 8 * 16,
-        "4": 2 * (2 * 4) * 5 * 22,
-    }
-
-
-class Attention(nn.Module):
-    """Scaled dot-product attention over 5 places of width 8, written in three ways."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.qkv = way, nn.Linear(8, 24)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        if self.way == "fused":
-            return nn.functional.scaled_dot_product_attention(query=query, key=key, value=value)
-        if self.way == "einsum":
-            weights = torch.einsum("bhik,bhjk->bhij", query, key).softmax(3)
-            return torch.einsum("...ij,...jk", [weights, value])
-        return (query @ key.transpose(2, 3)).softmax(3) @ value
-
-
-@pytest.mark.parametrize("way", ["matmul", "fused", "einsum"])
-def test_flops_of_attention(way: str) -> None:
-    flops = named(costs_of(model_of(lambda: Attention(way)), 5, 8), "flops_forward_per_sample")
-    projection, attention = 2 * 5 * 8 * 24, 2 * (2 * 5 * 5 * 8)
-    assert flops == {"qkv": projection + attention}
-
-
-def test_flops_of_a_transformer_layer() -> None:
-    flops = named(costs_of(model_of(Encoder), 5, integers=True), "flops_forward_per_sample")
-    attention = 4 * (2 * 5 * 8 * 8) + 2 * (2 * 5 * 5 * 8)
-    layer = attention + 2 * (2 * 5 * 8 * 16)
-    assert flops == {"embed": 0, **dict.fromkeys(("body.layers.0", "body.layers.1",
-                     "body.layers.2"), layer), "head": 2 * 5 * 8 * 10}  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
-def test_flops_of_recurrent_layers(kind: Any, gates: int) -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cells = kind(6, 5, batch_first=True)
-            self.head = nn.Linear(5, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.cells(x)[0])
-
-    flops = named(costs_of(model_of(Reader), 7, 6), "flops_forward_per_sample")
-    assert flops == {"cells": 2 * 7 * gates * (6 * 5 + 5 * 5), "head": 2 * 7 * 5 * 2}
-
-
-def test_activations_are_what_backward_needs() -> None:
-    build = lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))  # noqa: E731
-    table = costs_of(model_of(build), 16)
-    # The first layer keeps its input, the second the rectified output, the loss its own input.
-    assert named(table, "activation_bytes_per_sample") == {"0": 4 * (16 + 32), "2": 4 * 8}
-    assert named(table, "transient_bytes_per_sample") == {"0": 4 * 32, "2": 4 * 8}
-
-
-@pytest.mark.parametrize("build", [small_net, Tower])
-def test_counting_leaves_the_model_as_it_was(build: Callable[[], nn.Module]) -> None:
-    model, x = model_of(build), torch.randn(3, 4)
-    model.module.eval()
-    before, state = model.run(x), {n: t.clone() for n, t in model.module.state_dict().items()}
-    costs_of(model, 4)
-    model.module.eval()
-    assert torch.equal(model.run(x), before)
-    assert all(torch.equal(t, state[n]) for n, t in model.module.state_dict().items())
-    assert all(not module._forward_pre_hooks for module in model.module.modules())
-
-
-def test_a_model_that_fails_on_its_own_data_is_refused() -> None:
-    model = model_of(small_net)
-    with pytest.raises(TaskError, match="task 't': the model or its loss fails on its own data: "):
-        costs_of(model, 5)
-    assert all(not module._forward_pre_hooks for module in model.module.modules())
+def test_a_module_of_several_blocks_announces_none() -> None:
+    model, seen = model_of(TwoTowers), list[str]()
+    watch_modules(model, seen.append)
+    model.run((torch.randn(3, 4), torch.randn(3, 4)))
+    first = list(dict.fromkeys(seen))
+    assert first == [name for name in model.spec.names if name in first]
+    assert set(first) == set(model.spec.names)

@@ -15,13 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import MIB, ConfigError, ProfileError
+from edge_sdk.figures import CORRECTION_LIMITS, MAX_TABLE_KEYS, POLICY_LIMITS, SOURCED
 from edge_sdk.profile import (
     FIGURES,
     MAX_PROFILE_BYTES,
     SOURCE_KINDS,
     TORCH_FLOOR_BYTES,
     Budget,
+    Correction,
     DeviceProfile,
+    Policy,
     budget,
     load_profile,
     parse_profile,
@@ -65,8 +68,11 @@ def test_reads_a_minimal_file_with_defaults() -> None:
     profile = parse_profile(toml(), "mine.toml")
     assert profile == PROFILE
     assert profile.torch_floor_bytes == TORCH_FLOOR_BYTES == 180 * MIB
-    assert profile.accelerator == ""
-    assert profile.sources == {}
+    assert profile.accelerator == profile.measured_with == ""
+    assert profile.storage_read_bytes_per_s is None
+    assert profile.policy == Policy()
+    tables = [profile.sources, profile.rates, profile.overhead, profile.corrections]
+    assert tables == [{}, {}, {}, {}]
 
 
 def test_whole_numbers_do_for_rates_and_dates_need_no_quotes() -> None:
@@ -90,10 +96,12 @@ def test_toml_shows_units_and_round_trips() -> None:
 
 
 rates = st.floats(1, 1e13)
+kind = st.text(string.ascii_lowercase + string.digits + "_", min_size=1, max_size=48)
+label = st.text(string.ascii_lowercase + string.digits + "-", min_size=1, max_size=64)
 line = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=60)
 profiles = st.builds(
     DeviceProfile,
-    name=st.text(string.ascii_lowercase + string.digits + "-", min_size=1, max_size=64),
+    name=label,
     board=line,
     memory_total_bytes=st.integers(2**40, 2**50),
     memory_bytes=st.integers(1, 2**40),
@@ -105,10 +113,37 @@ profiles = st.builds(
     downlink_bytes_per_s=rates,
     storage_bytes=st.integers(0, 2**60),
     storage_write_bytes_per_s=rates,
+    storage_read_bytes_per_s=st.none() | rates,
     accelerator=st.just("") | line,
     date=st.dates().map(lambda day: day.isoformat()),
+    measured_with=st.just("") | line,
+    policy=st.builds(
+        Policy,
+        pause_above_celsius=st.floats(75, 150),
+        resume_below_celsius=st.floats(0, 75),
+        min_battery_percent=st.floats(0, 100),
+        train_on_battery=st.booleans(),
+        pause_when_throttled=st.booleans(),
+        pause_above_pressure_percent=st.floats(1, 100),
+        release_memory_after_round=st.booleans(),
+    ),
+    rates=st.dictionaries(kind.map(lambda word: f"{word}_flops_per_s"), rates, max_size=5)
+    | st.dictionaries(kind.map(lambda word: f"{word}_s"), st.floats(1, 1e6), max_size=5),
+    overhead=st.dictionaries(
+        kind.map(lambda word: f"{word}_bytes"), st.integers(0, 2**40), max_size=5
+    ),
+    corrections=st.dictionaries(
+        label,
+        st.builds(
+            Correction,
+            memory=st.floats(0.5, 4),
+            time=st.floats(0.1, 10),
+            samples=st.integers(0, 2**31),
+        ),
+        max_size=3,
+    ),
     sources=st.dictionaries(
-        st.sampled_from(FIGURES),
+        st.sampled_from(SOURCED),
         st.tuples(st.sampled_from(SOURCE_KINDS), line).map(": ".join),
     ),
 )
@@ -123,6 +158,12 @@ def test_any_profile_round_trips(profile: DeviceProfile) -> None:
 def test_any_text_is_a_profile_or_a_profile_error(text: str) -> None:
     with pytest.raises(ProfileError):
         parse_profile(text, "x")
+
+
+HOSTILE = (
+    *("nan", "inf", "-inf", "-1", "-1e300", "1e300", "true", '"4"', "[]", "{}"),
+    *("9" * 5000, "0x" + "f" * 9000, "1979-05-27"),
+)
 
 
 @pytest.mark.parametrize("key", FIGURES)
@@ -289,3 +330,134 @@ def test_importing_profiles_is_light() -> None:
         check=False,
     )
     assert done.stderr.strip() == ""
+
+
+# What only some profiles have
+
+
+def test_tables_are_read() -> None:
+    text = toml(storage_read_bytes_per_s="4e7", measured_with='"edge_sdk 0.1, torch 2.13"')
+    text += """
+[policy]
+train_on_battery = false
+pause_above_celsius = 75
+[rates]
+conv_flops_per_s = 3_000_000_000
+matmul_bytes_per_s = 2.5e9
+call_s = 0
+[overhead]
+conv_bytes = 4_194_304
+[corrections.digits]
+memory = 1.1
+time = 1
+samples = 3
+[sources]
+rates = "measured: each by itself"
+policy = "assumed: a warm room"
+"""
+    profile = parse_profile(text, "x")
+    assert profile.policy == Policy(train_on_battery=False, pause_above_celsius=75.0)
+    assert profile.rates == {
+        "conv_flops_per_s": 3e9, "matmul_bytes_per_s": 2.5e9, "call_s": 0.0
+    }  # fmt: skip
+    assert profile.overhead == {"conv_bytes": 4 << 20}
+    assert profile.corrections == {"digits": Correction(memory=1.1, time=1.0, samples=3)}
+    assert profile.storage_read_bytes_per_s == 4e7
+    written = profile_toml(profile)
+    assert parse_profile(written, "x") == profile
+    assert "conv_flops_per_s = 3_000_000_000.0  # 3 GFLOP/s" in written
+    assert "conv_bytes = 4_194_304  # 4 MiB" in written
+    assert "pause_above_celsius = 75.0  # degrees Celsius at which training pauses" in written
+    assert "[corrections.digits]  # measured over predicted" in written
+
+
+def in_table(table: str, line: str) -> str:
+    return f"{toml()}\n[{table}]\n{line}\n"
+
+
+PLACES = [
+    *(("policy", key, "policy: ") for key in POLICY_LIMITS),
+    *(("rates", f"conv_{unit}", "rates.") for unit in ("flops_per_s", "bytes_per_s", "s")),
+    ("overhead", "conv_bytes", "overhead."),
+]
+
+
+@pytest.mark.parametrize(("table", "key", "place"), PLACES)
+@pytest.mark.parametrize("raw", HOSTILE)
+def test_impossible_figures_in_tables_are_refused(
+    table: str, key: str, place: str, raw: str
+) -> None:
+    message = refusal(in_table(table, f"{key} = {raw}"))
+    assert len(message) < 400
+    if "not TOML" not in message:
+        assert f"{place}{key} is " in message
+        assert " from " in message
+        assert "Check the value and its unit." in message
+
+
+@pytest.mark.parametrize("key", CORRECTION_LIMITS)
+@pytest.mark.parametrize("raw", ["nan", "1e300", "-1", '"x"', "true", "0x" + "f" * 9000])
+def test_impossible_corrections_are_refused(key: str, raw: str) -> None:
+    values = {"memory": "1.0", "time": "1.0", "samples": "1"} | {key: raw}
+    lines = "\n".join(f"{name} = {value}" for name, value in values.items())
+    assert f"corrections.digits.{key} is " in refusal(in_table("corrections.digits", lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rates = 5", "rates is 5, it must be a table"),
+        ("policy = []", "policy is [], it must be a table"),
+        ("corrections = 'x'", "corrections is 'x', it must be a table"),
+        ("[rates]\nconv_flops = 5", "rates names 'conv_flops', a key there is 1 to 48"),
+        ("[rates]\nconv_flops_per_s = 0", "rates.conv_flops_per_s is 0, it must be a number from"),
+        ("[rates]\n_s = 5", "ending in _flops_per_s, _bytes_per_s or _s"),
+        (f"[rates]\n{'a' * 49}_s = 5", "1 to 48 characters"),
+        ("[rates]\n'a b_s' = 5", "rates names 'a b_s'"),
+        ("[rates]\na_s = {b_s = 1}", "rates.a_s is {'b_s': 1}, it must be a number from"),
+        ("[overhead]\nconv = 5", "overhead names 'conv', a key there is"),
+        ("[overhead]\nconv_bytes = 5.5", "overhead.conv_bytes is 5.5, it must be a whole number"),
+        ("[corrections]\ndigits = 1.1", "corrections.digits is 1.1, it must be a table"),
+        ("[corrections.'Digits!']\nmemory = 1", "corrections names task 'Digits!'"),
+        ("[corrections.digits]\nmemory = 1.0", "corrections.digits.time (measured over predicted"),
+        ("[corrections.digits]\nmemry = 1.0", "unknown key 'memry'. Did you mean memory?"),
+        ("[policy]\npause_above_celcius = 5", "Did you mean pause_above_celsius?"),
+        ("[policy]\ntrain_on_battery = 1", "train_on_battery is 1, it must be true or false"),
+        ("[policy]\ntrain_on_battery = 'no'", "is 'no', it must be true or false"),
+        ("[policy]\npause_above_celsius = 60", "resume_below_celsius is 70, above the pause_above"),
+        ("[sources]\nrate = 'measured: x'", "Did you mean rates?"),
+        ("[sources]\nrates = 'x'", "it must begin with one of measured:"),
+        ("measured_with = 7", "measured_with is 7, it must be 0 to 128 printable"),
+        ("storage_read_bytes_per_s = 0", "storage_read_bytes_per_s is 0, it must be"),
+    ],
+)
+def test_tables_that_are_wrong_say_where_and_what(text: str, said: str) -> None:
+    message = refusal(f"{toml()}\n{text}\n")
+    assert said in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("table", "ending"), [("rates", "_s"), ("overhead", "_bytes"), ("corrections", "")]
+)
+def test_tables_are_short(table: str, ending: str) -> None:
+    value = {"rates": "1", "overhead": "1", "corrections": "{}"}[table]
+    lines = "\n".join(f"key{n}{ending} = {value}" for n in range(MAX_TABLE_KEYS + 1))
+    said = f"{table} has 65 keys, at most 64 are allowed"
+    assert said in refusal(in_table(table, lines))
+
+
+def test_policies_and_corrections_cannot_be_built_wrong() -> None:
+    with pytest.raises(ProfileError, match="policy: pause_above_celsius is nan"):
+        Policy(pause_above_celsius=math.nan)
+    with pytest.raises(ProfileError, match="policy: resume_below_celsius is 90, above"):
+        Policy(resume_below_celsius=90.0)
+    with pytest.raises(ProfileError, match=r"correction: memory is 0\.1"):
+        Correction(memory=0.1, time=1.0, samples=0)
+    with pytest.raises(ProfileError, match=r"profile 'test-board': rates\.x_s is nan"):
+        msgspec.structs.replace(PROFILE, rates={"x_s": math.nan})
+
+
+def test_a_profile_of_an_earlier_version_is_read() -> None:
+    text = profile_toml(PROFILE).replace("[policy]", "[sources]", 1).partition("[sources]")[0]
+    assert parse_profile(text, "old") == PROFILE

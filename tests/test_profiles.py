@@ -53,7 +53,7 @@ def test_every_file_is_a_profile_named_like_it() -> None:
 
 
 def test_every_figure_has_a_source(profile: DeviceProfile) -> None:
-    assert set(profile.sources) == set(FIGURES)
+    assert set(profile.sources) == {*FIGURES, "policy"}
 
 
 def test_no_board_claims_to_be_measured(profile: DeviceProfile) -> None:
@@ -92,3 +92,15 @@ def test_faster_boards_are_faster() -> None:
         )
     ]
     assert rates == sorted(rates)
+
+
+def test_the_policy_leaves_room_below_what_slows_the_board_down(profile: DeviceProfile) -> None:
+    policy = profile.policy
+    slows_celsius = 80.0 if profile.name.startswith("raspberry-pi-") else 95.0
+    assert 8 <= policy.pause_above_celsius - policy.resume_below_celsius <= 15
+    assert policy.pause_above_celsius < slows_celsius
+
+
+def test_reading_is_faster_than_synced_writing(profile: DeviceProfile) -> None:
+    assert profile.storage_read_bytes_per_s is not None
+    assert profile.storage_read_bytes_per_s > profile.storage_write_bytes_per_s

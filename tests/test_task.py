@@ -87,6 +87,31 @@ def test_a_file_that_is_no_python(tmp_path: Path) -> None:
             GOOD.replace("loss=max", "loss=max, training={}"),
             "task() failed at line 4: Task 'toy': training and pretraining must be Training(...)",
         ),
+        (
+            GOOD.replace("loss=max", "loss=max, augment='flip'"),
+            "task() failed at line 4: Task(augment=...) of 'toy' is not callable",
+        ),
+        (
+            GOOD.replace("loss=max", "loss=max, augment=max, augment_views=0"),
+            "task() failed at line 4: Task(augment_views=0) of 'toy': give a whole number from 1",
+        ),
+        (
+            GOOD.replace("loss=max", "loss=max, augment=max, augment_views=True"),
+            "task() failed at line 4: Task(augment_views=True) of 'toy': give a whole number",
+        ),
+        (
+            GOOD.replace("loss=max", "loss=max, augment_views=3"),
+            "task() failed at line 4: Task(augment_views=3) of 'toy': there is no augment to make "
+            "views; add augment=..., or leave augment_views out",
+        ),
+        (
+            GOOD.replace("loss=max", "loss=max, random_prefix='no'"),
+            "task() failed at line 4: Task(random_prefix=...) of 'toy': say True or False",
+        ),
+        (
+            GOOD.replace("loss=max", "loss=max, lossy_prefix=1"),
+            "task() failed at line 4: Task(lossy_prefix=...) of 'toy': say True or False",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_the_line(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Local training: optimisers equal to torch's to the bit, micro-batches, samples, light imports."""
+"""Local training: what changes and what does not, bad losses, evaluation, samples, imports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from torch import nn
 
 from edge_sdk.errors import TaskError
 from edge_sdk.model import BlockModel
+from edge_sdk.plan import Plan
 from edge_sdk.task import Task
-from edge_sdk.train import Diverged, Optimizer, Samples, costs, evaluate, train
+from edge_sdk.trace import cost_table
+from edge_sdk.train import (
+    Diverged,
+    Samples,
+    TrainResult,
+    evaluate,
+    train,
+)
 from edge_sdk.wire import Training
 
 
@@ -35,58 +43,38 @@ def samples_of(count: int, seed: int = 0) -> Samples:
     return Samples((inputs, (inputs.sum(1) > 0).astype(np.int64)), "test")
 
 
+def plan_of(blocks: tuple[str, ...], batch_size: int = 8, **how: Any) -> Plan:
+    given = {"micro_batch": batch_size, **how}
+    return Plan(
+        blocks=blocks,
+        batch_size=batch_size,
+        codec="int8",
+        peak_bytes=0,
+        budget_bytes=0,
+        train_s=0.0,
+        round_s=0.0,
+        upload_bytes=0,
+        flops=0,
+        **given,
+    )
+
+
+def carry_out(
+    model: BlockModel, samples: Samples, how: Training, seed: int = 0, **plan: Any
+) -> TrainResult:
+    """Train with a plan of all blocks and the training's batch size, unless told otherwise."""
+    blocks = plan.pop("blocks", model.spec.names)
+    prefix, pause = plan.pop("prefix", None), plan.pop("pause", lambda: None)
+    made = plan_of(blocks, how.batch_size, **plan)
+    return train(model, samples, made, how, order_seed=seed, prefix=prefix, pause=pause)
+
+
 def weights(model: BlockModel) -> dict[str, bytes]:
     return {n: t.numpy().tobytes() for n, t in model.module.state_dict().items()}
 
 
 def changed(model: BlockModel, before: dict[str, bytes]) -> set[str]:
     return {name for name, content in weights(model).items() if content != before[name]}
-
-
-# --- optimisers --------------------------------------------------------------------------------
-
-
-def torch_optimizer(parameters: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, how.learning_rate, how.momentum, weight_decay=how.weight_decay
-        )
-    kind = torch.optim.Adam if how.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, how.learning_rate, weight_decay=how.weight_decay)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
-@pytest.mark.parametrize(
-    ("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0), ("adamw", 0.0)]
-)
-def test_optimisers_equal_those_of_torch_to_the_bit(
-    optimizer: Any, momentum: float, weight_decay: float
-) -> None:
-    how = Training(
-        optimizer=optimizer, momentum=momentum, weight_decay=weight_decay, learning_rate=0.037
-    )
-    ours, theirs = model_of().module, model_of().module
-    mine = Optimizer(list(ours.parameters()), how)
-    reference = torch_optimizer(list(theirs.parameters()), how)
-    inputs, targets = samples_of(16).take(torch.arange(16))
-    for _ in range(5):
-        for module in (ours, theirs):
-            nn.functional.cross_entropy(module(inputs), targets).backward()
-        mine.step()
-        reference.step()
-        reference.zero_grad()
-        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(a, b), name
-            assert a.grad is None
-
-
-def test_a_parameter_without_a_gradient_is_left_alone() -> None:
-    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = Optimizer([unused, used], Training(optimizer="adamw", weight_decay=0.5))
-    used.square().sum().backward()
-    optimizer.step()
-    assert torch.equal(unused, torch.ones(2))
-    assert not torch.equal(used, torch.ones(2))
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -97,11 +85,9 @@ def test_training_is_the_same_for_the_same_seed_and_another_for_another() -> Non
     for seed in (5, 5, 6):
         model = model_of(build_model=lambda: nn.Sequential(net(), nn.Dropout(0.3), nn.Linear(3, 3)))
         how = Training(batch_size=8, local_epochs=2)
-        loss, steps = train(
-            model, samples_of(20), model.spec.names, how, micro_batch=4, order_seed=seed
-        )
-        assert steps == 2 * 3
-        results.append((loss, weights(model)))
+        done = carry_out(model, samples_of(20), how, seed, micro_batch=4)
+        assert (done.steps, done.num_examples) == (2 * 3, 20)
+        results.append((done.loss, weights(model)))
     assert results[0] == results[1]
     assert results[0] != results[2]
 
@@ -110,7 +96,7 @@ def test_training_learns_and_the_loss_is_the_last_epochs_mean() -> None:
     model, samples = model_of(), samples_of(64)
     before, _ = evaluate(model, samples)
     how = Training(batch_size=16, local_epochs=20, learning_rate=0.1)
-    loss, _ = train(model, samples, model.spec.names, how, micro_batch=16, order_seed=0)
+    loss = carry_out(model, samples, how).loss
     after, accuracy = evaluate(model, samples)
     assert after < loss < before / 2
     assert accuracy > 0.9
@@ -120,7 +106,7 @@ def test_training_learns_and_the_loss_is_the_last_epochs_mean() -> None:
 def test_only_the_planned_blocks_change(blocks: tuple[str, ...]) -> None:
     model = model_of()
     before = weights(model)
-    train(model, samples_of(20), blocks, Training(batch_size=8), micro_batch=8, order_seed=1)
+    carry_out(model, samples_of(20), Training(batch_size=8), blocks=blocks)
     expected = {t.name for name in blocks for t in model.spec.block(name).tensors}
     assert changed(model, before) == expected
 
@@ -131,10 +117,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch: int) ->
     for size in (8, micro_batch):
         model = model_of()
         how = Training(batch_size=8, momentum=0.0, learning_rate=0.5)
-        loss, steps = train(
-            model, samples_of(20), model.spec.names, how, micro_batch=size, order_seed=3
+        done = carry_out(model, samples_of(20), how, micro_batch=size)
+        results.append(
+            (done.loss, done.steps, [p.detach().clone() for p in model.module.parameters()])
         )
-        results.append((loss, steps, [p.detach().clone() for p in model.module.parameters()]))
     (loss, steps, whole), (micro_loss, micro_steps, parts) = results
     assert micro_steps == steps == 3
     assert micro_loss == pytest.approx(loss, rel=1e-5)
@@ -153,7 +139,7 @@ def test_every_sample_is_seen_once_an_epoch() -> None:
     model = model_of(build_model=lambda: Watcher(1, 2))
     samples = Samples((np.arange(23, dtype=np.float32)[:, None], np.zeros(23, np.int64)), "test")
     how = Training(batch_size=5, local_epochs=2, learning_rate=1e-6)
-    train(model, samples, model.spec.names, how, micro_batch=2, order_seed=0)
+    carry_out(model, samples, how, micro_batch=2)
     assert sorted(seen[:23]) == sorted(seen[23:]) == list(range(23))
     assert seen[:23] != seen[23:]
 
@@ -168,15 +154,7 @@ def test_training_pauses_before_every_step_and_may_be_stopped() -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        train(
-            model,
-            samples_of(40),
-            model.spec.names,
-            Training(batch_size=8),
-            micro_batch=8,
-            order_seed=0,
-            pause=pause,
-        )
+        carry_out(model, samples_of(40), Training(batch_size=8), pause=pause)
     assert len({tuple(sorted(state.items())) for state in calls}) == 3
     assert weights(model) == calls[-1]
 
@@ -185,7 +163,7 @@ def test_training_pauses_before_every_step_and_may_be_stopped() -> None:
 def test_a_loss_that_is_no_number_ends_training(value: float) -> None:
     model = model_of(loss=lambda output, targets: output.sum() * 0 + value)
     with pytest.raises(Diverged) as caught:
-        train(model, samples_of(8), model.spec.names, Training(), micro_batch=8, order_seed=0)
+        carry_out(model, samples_of(8), Training())
     assert f"the loss is {value} at step 0; nothing is sent. Lower the learning" in str(
         caught.value
     )
@@ -195,7 +173,74 @@ def test_a_learning_rate_that_is_far_too_large_is_noticed() -> None:
     model = model_of(loss=lambda output, targets: output.square().mean().exp())
     how = Training(learning_rate=1000.0, batch_size=4, local_epochs=5)
     with pytest.raises(Diverged, match=r"at step [1-9]"):
-        train(model, samples_of(20), model.spec.names, how, micro_batch=4, order_seed=0)
+        carry_out(model, samples_of(20), how)
+
+
+# --- losses and models that cannot be trained --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda o, t: o.square(),
+            "loss() returned a tensor of shape (8, 3) and torch.float32; retu",
+        ),
+        (
+            lambda o, t: o.argmax(),
+            "loss() returned a tensor of shape () and torch.int64; return one",
+        ),
+        (lambda o, t: 0.5, "loss() returned float, not a tensor"),
+        (
+            lambda o, t: o.detach().sum(),
+            "the loss does not depend on the trained blocks ['0', '2'];",
+        ),
+    ],
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_loss_that_cannot_be_trained_is_refused(loss: Any, message: str, early: bool) -> None:
+    model = model_of(loss=loss)
+    before = weights(model)
+    with pytest.raises(TaskError) as caught:
+        carry_out(model, samples_of(8), Training(batch_size=8), step_in_backward=early)
+    assert f"task 't': {message}" in str(caught.value)
+    assert weights(model) == before
+
+
+def test_a_loss_of_one_element_is_a_number() -> None:
+    model = model_of(loss=lambda output, _: output.square().mean().reshape(1))
+    assert carry_out(model, samples_of(8), Training(batch_size=8)).steps == 1
+
+
+def test_a_loss_that_passes_the_trained_blocks_by_is_refused() -> None:
+    model = model_of(loss=lambda output, _: output.mean())
+    model.module[0].forward = lambda x: torch.zeros(len(x), 8)
+    with pytest.raises(TaskError, match="the loss does not depend on the trained blocks"):
+        carry_out(model, samples_of(8), Training(batch_size=8), blocks=("0",))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_weights_that_are_no_numbers_are_not_sent(early: bool) -> None:
+    def loss(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return (output * 0).sum().sqrt()  # zero, with a gradient that is not a number
+
+    model = model_of(loss=loss)
+    with pytest.raises(
+        Diverged, match=r"tensor '0.weight' is not finite after training; nothing is"
+    ):
+        carry_out(model, samples_of(8), Training(batch_size=8), step_in_backward=early)
+
+
+def test_blocks_without_parameters_are_refused() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3))
+
+    model = model_of(build_model=build)
+    with pytest.raises(
+        TaskError, match=r"blocks \['0'\] have no parameter that can be trained; put"
+    ):
+        carry_out(model, samples_of(8), Training(batch_size=8), blocks=("0",))
+    assert carry_out(model, samples_of(8), Training(batch_size=8)).steps == 1
 
 
 # --- evaluation --------------------------------------------------------------------------------
@@ -277,7 +322,7 @@ def test_data_that_cannot_be_samples_is_refused(data: Any, message: str) -> None
 
 
 def test_costs_are_those_of_the_first_samples() -> None:
-    table = costs(model_of(), samples_of(1))
+    table = cost_table(model_of(), samples_of(1))
     assert [b.flops_forward_per_sample for b in table.blocks] == [2 * 4 * 8, 2 * 8 * 3]
     assert table.task == "t"
 
@@ -289,17 +334,26 @@ import sys
 import torch
 from torch import nn
 from edge_sdk.model import BlockModel
+from edge_sdk.plan import Plan
 from edge_sdk.task import Task
-from edge_sdk.train import Samples, costs, evaluate, train, warm_up
+from edge_sdk.trace import cost_table
+from edge_sdk.trace import cost_table_apart
+from edge_sdk.train import Samples, evaluate, train, warm_up
 from edge_sdk.wire import Training
 
 warm_up()
-task = Task(name="t", build_model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)),
-            loss=nn.functional.cross_entropy, train_data=lambda part, parts: None)
+layer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Tanh())
+task = Task(name="t", build_model=lambda: nn.Sequential(layer, nn.BatchNorm1d(4), nn.Linear(4, 2)),
+            loss=nn.functional.cross_entropy, train_data=lambda part, parts: None,
+            augment=lambda inputs, generator: inputs + torch.rand(1, generator=generator))
 model, data = BlockModel(task), Samples((torch.randn(8, 4), torch.zeros(8).long()), "t")
-costs(model, data)
+cost_table_apart(model, data)
 for optimizer in ("sgd", "adam", "adamw"):
-    train(model, data, model.spec.names, Training(optimizer=optimizer), micro_batch=4, order_seed=1)
+    for micro_batch, levers in ((4, False), (8, True)):
+        plan = Plan(blocks=model.spec.names, batch_size=8, micro_batch=micro_batch, codec="int8",
+                    checkpoint=levers, step_in_backward=levers, peak_bytes=0, budget_bytes=0,
+                    train_s=0, round_s=0, upload_bytes=0, flops=0)
+        train(model, data, plan, Training(optimizer=optimizer), order_seed=1)
 evaluate(model, data)
 print(sorted({"torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes", "onnxruntime"}
              & set(sys.modules)))

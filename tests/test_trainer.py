@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from edge_sdk.codec import block_hash, decode_change, encode_block
-from edge_sdk.errors import ProtocolMisuse
+from edge_sdk.errors import DamagedBlock, ProtocolMisuse
 from edge_sdk.model import BlockModel
-from edge_sdk.plan import Plan
+from edge_sdk.plan import FrozenPrefix, Plan
 from edge_sdk.store import BlockCache, Spool
 from edge_sdk.task import load_task
 from edge_sdk.trainer import (
@@ -33,11 +33,13 @@ from edge_sdk.trainer import (
     Trainer,
     TrainerDied,
     TrainerSaid,
+    _kind,
     seed_of,
 )
 from edge_sdk.wire import BlockEntry, Offer, Training, decode_update
 
 PATIENCE_S = 30.0
+NO_PREFIX = FrozenPrefix()
 SAMPLES = 24
 
 # Long training writes `begun`, so that a test can act in the middle of it.
@@ -81,10 +83,10 @@ def task():
 class Bench:
     """A device's directories, its model, and a trainer at work on them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, task: str = TASK) -> None:
         self.folder = folder
         self.task_path = folder / "toytask.py"
-        self.task_path.write_text(TASK)
+        self.task_path.write_text(task)
         self.cache, self.spool = BlockCache(folder / "blocks"), Spool(folder / "spool")
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.trainer = Trainer(self.setup(), self.inbox)
@@ -99,6 +101,8 @@ class Bench:
             parts=2,
             cache_dir=str(self.folder / "blocks"),
             spool_dir=str(self.folder / "spool"),
+            prefix_dir=str(self.folder / "prefix"),
+            storage_bytes=1 << 30,
             threads=1,
         )
 
@@ -121,7 +125,13 @@ class Bench:
             )
         return tuple(entries)
 
-    def order(self, number: int, blocks: tuple[str, ...] = ("1", "2"), **how: Any) -> Train:
+    def order(
+        self,
+        number: int,
+        blocks: tuple[str, ...] = ("1", "2"),
+        prefix: FrozenPrefix = NO_PREFIX,
+        **how: Any,
+    ) -> Train:
         training = Training(batch_size=8, seed=3, **how)
         offer = Offer(
             round=number,
@@ -140,8 +150,9 @@ class Bench:
             batch_size=8,
             micro_batch=4,
             codec="int8",
+            prefix=prefix,
             peak_bytes=11,
-            budget_bytes=12,
+            budget_bytes=1 << 30,
             train_s=1.0,
             round_s=2.0,
             upload_bytes=13,
@@ -230,6 +241,40 @@ def test_the_same_offer_gives_the_same_update_and_another_round_another(bench: B
     assert parts[0] != parts[2]
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_prefix_that_is_kept_changes_nothing_but_the_cost(bench: Bench, cache: Any) -> None:
+    prefix = FrozenPrefix(blocks=("0",), cache=cache)
+    parts = []
+    # Afterwards the model has weights again for who trains the whole of it.
+    for blocks, how in (
+        (("1", "2"), FrozenPrefix()),
+        (("1", "2"), prefix),
+        (("1", "2"), prefix),
+        (("0", "1", "2"), FrozenPrefix()),
+        (("1", "2"), FrozenPrefix()),
+    ):
+        bench.trainer.train(bench.order(20, blocks, how))
+        assert isinstance(bench.answer(), Trained)
+        parts.append(bench.update(20)[1])
+    assert parts[0] == parts[1] == parts[2] == parts[4]
+    assert list(parts[3]) == ["0", "1", "2"]
+    assert bool(list(bench.folder.glob("prefix/*"))) == (cache == "disk")
+
+
+def test_a_prefix_that_cannot_run_apart_runs_with_the_rest(bench: Bench) -> None:
+    plain = bench.order(21)
+    bench.trainer.train(plain)
+    assert isinstance(bench.answer(), Trained)
+    expected = bench.update(21)[1]
+    # Half a kibibyte of storage cannot hold what block 0 computes.
+    small = msgspec.structs.replace(
+        bench.order(21, prefix=FrozenPrefix(blocks=("0",), cache="memory")).plan, budget_bytes=512
+    )
+    bench.trainer.train(Train(offer=plain.offer, plan=small))
+    assert isinstance(bench.answer(), Trained)
+    assert bench.update(21)[1] == expected
+
+
 def test_a_damaged_block_is_dropped_and_reported(bench: Bench) -> None:
     order = bench.order(4, blocks=("2",))
     entry = order.offer.blocks[2]
@@ -271,6 +316,22 @@ def test_a_newer_plan_replaces_the_one_being_trained(bench: Bench) -> None:
     header, parts = bench.update(8)
     assert list(parts) == ["2"]
     assert header.metrics.steps == 3
+
+
+def test_a_pause_rests_between_steps_and_a_stop_ends_it(bench: Bench) -> None:
+    bench.begin_endless_training(22)
+    bench.trainer.pause()
+    bench.trainer.resume()
+    bench.trainer.pause()
+    bench.trainer.train(bench.order(23))
+    answer = bench.answer()
+    assert (type(answer), answer.round) == (Trained, 23)
+    bench.update(23)
+    bench.trainer.pause()  # nothing is being trained: the next plan is not held up
+    bench.trainer.resume()
+    bench.trainer.train(bench.order(24))
+    assert isinstance(bench.answer(), Trained)
+    bench.update(24)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +405,35 @@ def test_a_task_file_that_is_wrong_is_reported(tmp_path: Path) -> None:
         )
     finally:
         bench.trainer.stop()
+
+
+def test_a_device_without_samples_says_so(tmp_path: Path) -> None:
+    task = TASK.replace("((24, 4))", "((0, 4))").replace("rng.integers(0, 3, 24)", "[]")
+    bench = Bench(tmp_path, task)
+    bench.trainer.start()
+    try:
+        answer = bench.answer()
+        assert isinstance(answer, Failed)
+        assert answer.message == "task 'toy': train_data(1, 2): there are no samples"
+    finally:
+        bench.trainer.stop()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (RuntimeError("could not create a primitive"), "memory"),
+        (RuntimeError("can't start new thread"), "memory"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "task"),
+        (ValueError("the alloc column is missing"), "task"),
+        (DamagedBlock("x"), "damaged"),
+    ],
+)
+def test_what_an_error_is_about(error: Exception, kind: str) -> None:
+    assert _kind(error) == kind
 
 
 def test_an_order_before_the_start_is_our_own_mistake(tmp_path: Path) -> None:

@@ -1,0 +1,338 @@
+"""Watch a training pass: every operator, every piece of memory, by the block at work.
+
+The pass runs on tensors without memory (torch's ``meta`` device), so a model of any size can be
+watched on any machine. A model that looks at values to decide what to do runs on real samples.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edge_sdk.cost import Kind
+from edge_sdk.model import BlockModel, watch_modules
+from edge_sdk.operators import flops_of, kind_of
+
+FORWARD, BACKWARD, LOWEST = "forward", "backward", "lowest"
+_NO_NUMBER = 1 << 62
+
+
+@dataclass(slots=True, eq=False)
+class Store:
+    """One piece of memory: where it was made and last read, and what keeps it for backward."""
+
+    born: int
+    size_bytes: int
+    last_use: int
+    savers: set[int] = field(default_factory=set)
+    alive: bool = True
+    gradient: bool = False
+    frees_in_backward: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Memory was taken (``sign`` 1) or given back (-1) while a segment ran."""
+
+    backward: bool
+    segment: int
+    store: Store
+    sign: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """Operators of one kind: how many, their floating-point operations, bytes read and written."""
+
+    operators: float = 0.0
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+
+    def add(self, operators: float, flops: float, moved_bytes: float) -> None:
+        """Count some more."""
+        self.operators += operators
+        self.flops += flops
+        self.moved_bytes += moved_bytes
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """One pass. ``segments`` are the runs of operators of one block, in the order they ran."""
+
+    def __init__(self, model: BlockModel, batch: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._outside = {tensor.untyped_storage()._cdata for tensor in leaves(batch)}
+        self._block_of = {
+            tensor.untyped_storage()._cdata: name
+            for name in model.spec.names
+            for tensor in model.tensors(name).values()
+        }
+        self.segments = [model.spec.names[0]]
+        self.inputs: list[set[int]] = [set()]
+        self.stores: list[Store] = []
+        self.events: list[Event] = []
+        self.work: dict[tuple[str, int], dict[Kind, Counts]] = {}
+        self.max_gradient_bytes: dict[int, int] = {}
+        self._starts = [0]
+        self._now, self._backward = 0, False
+        self._known: dict[int, Store] = {}
+        self._shares: dict[int, float] = {}
+
+    def enter(self, block: str) -> None:
+        """A module or a parameter of ``block`` is used: its segment begins if it is another one."""
+        if self._backward or self.segments[self._now] == block:
+            return
+        if self._now == 0 and not self.work:
+            self.segments[0] = block
+            return
+        self.segments.append(block)
+        self.inputs.append(set())
+        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._now += 1
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd keeps ``tensor`` for backward."""
+        store = self._known.get(tensor.untyped_storage()._cdata)
+        if store is not None:
+            store.savers.add(self._now)
+        return tensor
+
+    def turn_back(self, loss: torch.Tensor) -> None:
+        """Forward is over."""
+        self._backward = True
+        for store in self.stores:
+            store.frees_in_backward = store.alive
+        self._shares = self._lowest_shares(loss)
+
+    def close(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Backward is over: what is left are the gradients."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                store = self._known.get(parameter.grad.untyped_storage()._cdata)
+                if store is not None:
+                    store.gradient = True
+                    largest = self.max_gradient_bytes.get(store.born, 0)
+                    self.max_gradient_bytes[store.born] = max(largest, store.size_bytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [*leaves(args), *leaves(kwargs)]
+        number = self._place(given)
+        out = func(*args, **kwargs)
+        made = list(leaves(out))
+        for tensor in made:
+            self._meet(tensor)
+        if not func.is_view:
+            self._count(number, func, args, kwargs, given, made, out)
+        return out
+
+    def _place(self, given: Sequence[torch.Tensor]) -> int:
+        """Find the segment at work; the number of the autograd node in backward, else -1."""
+        if self._backward:
+            node = torch._C._current_autograd_node()
+            number = -1 if node is None else int(node._sequence_nr())
+            if 0 <= number < _NO_NUMBER:  # adding up a gradient has none: it stays where it was
+                self._now = bisect_right(self._starts, number) - 1
+            return number
+        stores = [tensor.untyped_storage()._cdata for tensor in given]
+        for key in stores:
+            if key in self._block_of:
+                self.enter(self._block_of[key])
+        for key, tensor in zip(stores, given, strict=True):
+            store = self._known.get(key)
+            if store is not None:
+                store.last_use = self._now
+                if store.born < self._now and tensor.is_floating_point():
+                    self.inputs[self._now].add(store.born)
+        return -1
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._block_of or key in self._outside:
+            return
+        store = Store(self._now, storage.nbytes(), self._now)
+        self._known[key] = store
+        self.stores.append(store)
+        self.events.append(Event(self._backward, self._now, store, 1))
+        weakref.finalize(storage, self._lose, key, store)
+
+    def _lose(self, key: int, store: Store) -> None:
+        self._known.pop(key, None)
+        store.alive = False
+        self.events.append(Event(self._backward, self._now, store, -1))
+
+    def _count(
+        self, number: int, func: Any, args: Any, kwargs: Any, given: Any, made: Any, out: Any
+    ) -> None:
+        name = func.overloadpacket.__name__
+        kind, flops = kind_of(name, args), flops_of(name, args, kwargs, out)
+        moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+        phase = BACKWARD if self._backward else FORWARD
+        self._row(phase, kind).add(1, flops, moved)
+        if self._backward:
+            share = self._shares.get(number, 1.0)
+            if share == 0.5 and not flops:
+                share = 1.0
+            if share:
+                self._row(LOWEST, kind).add(share, share * flops, share * moved)
+
+    def _row(self, phase: str, kind: Kind) -> Counts:
+        return self.work.setdefault((phase, self._now), {}).setdefault(kind, Counts())
+
+    def _lowest_shares(self, loss: torch.Tensor) -> dict[int, float]:
+        """What of each node's backward is left when its segment is the lowest trained one.
+
+        Nodes that lead to no parameter of their own segment fall away. A product that leads to
+        one, and to the segment below, computes one of its two gradients.
+        """
+        own: dict[int, bool] = {}
+        shares: dict[int, float] = {}
+        nodes = _graph(loss)
+        for node in sorted(nodes, key=lambda n: int(n._sequence_nr())):
+            number = int(node._sequence_nr())
+            if number >= _NO_NUMBER:
+                continue
+            segment = bisect_right(self._starts, number) - 1
+            leads = [
+                self._is_own(below, segment, own)
+                for below, _ in node.next_functions
+                if below is not None
+            ]
+            own[number] = any(leads)
+            shares[number] = 0.0 if not any(leads) else 1.0 if all(leads) else 0.5
+        return shares
+
+    def _is_own(self, node: Any, segment: int, own: Mapping[int, bool]) -> bool:
+        number = int(node._sequence_nr())
+        if number >= _NO_NUMBER:
+            key = node.variable.untyped_storage()._cdata
+            return self._block_of.get(key) == self.segments[segment]
+        return bisect_right(self._starts, number) - 1 == segment and own.get(number, False)
+
+
+def _graph(loss: torch.Tensor) -> list[Any]:
+    """All nodes of autograd below a loss."""
+    found: dict[Any, None] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            waiting += [below for below, _ in node.next_functions]
+    return list(found)
+
+
+def watch_pass(model: BlockModel, trained: Sequence[str], inputs: Any, targets: Any) -> Watch:
+    """Watch one pass with exactly ``trained`` open; forward only when there are none."""
+    parameters = model.open_only(trained)
+    watch = Watch(model, (inputs, targets))
+    handles = watch_modules(model, watch.enter)
+    saving = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
+    try:
+        with without_compiler(), watch:
+            with saving if trained else torch.no_grad():
+                loss = model.task.loss(model.run(inputs), targets)
+            if trained:
+                watch.turn_back(loss)
+                loss.backward()
+                watch.close(parameters)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters:
+            parameter.grad = None
+    return watch
+
+
+@contextmanager
+def without_memory(model: BlockModel) -> Iterator[None]:
+    """Within, the model's tensors are on the meta device; its weights are untouched."""
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (held, name, tensor)
+        for module in model.module.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    functional: Any = nn.functional
+    attention = functional.scaled_dot_product_attention
+    try:
+        for held, name, tensor in places:
+            like = torch.empty_like(tensor, device="meta")
+            held[name] = nn.Parameter(like, False) if isinstance(tensor, nn.Parameter) else like
+        functional.scaled_dot_product_attention = _attention_of_cpu
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
+        for held, name, tensor in places:
+            held[name] = tensor
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within, torch does not load its compiler, which it does only to ask it to keep away.
+
+    That import is 1.5 s and 80 MiB here, far more on the smallest boards.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    stub: Any = types.ModuleType(name)
+    stub.disable = lambda function=None, *_args, **_options: function
+    sys.modules[name] = stub
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _attention_of_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention as a CPU runs it: fused, unless it has dropout or a trained mask."""
+    trained_mask = attn_mask is not None and attn_mask.requires_grad
+    if dropout_p or enable_gqa or query.dim() != 4 or trained_mask:
+        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        return torch._C._nn.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+
+
+def to_meta(data: Any) -> Any:
+    """The same tensors without their memory."""
+    if isinstance(data, Mapping):
+        return {key: to_meta(value) for key, value in data.items()}
+    if isinstance(data, tuple):
+        return tuple(to_meta(value) for value in data)
+    return torch.empty_like(data, device="meta")
+
+
+def leaves(data: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested arguments."""
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from leaves(value)
+    elif isinstance(data, (tuple, list)):
+        for value in data:
+            yield from leaves(value)
