@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from edge_sdk.blocks import ModelSpec
+from edge_sdk.blocks import TRUNK, ModelSpec
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire import Training
 
@@ -106,7 +106,10 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlockCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One block's share of a training step; activations are what autograd keeps for backward."""
+    """One block's share of a training step; activations are what autograd keeps for backward.
+
+    output_bytes_per_sample: what its module returns, if the block is exactly one.
+    """
 
     name: str
     params: Bytes
@@ -115,6 +118,7 @@ class BlockCost(msgspec.Struct, frozen=True, kw_only=True):
     activation_bytes_per_sample: Bytes
     flops_forward_per_sample: Bytes
     flops_backward_per_sample: Bytes
+    output_bytes_per_sample: Bytes = 0
 
 
 class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -213,7 +217,11 @@ def states(table: CostTable, trained: Collection[str]) -> list[str]:
     """Per segment: frozen, passing a gradient through, trained at the lowest place, or trained."""
     found: list[str] = []
     for segment in table.segments:
-        fed = any(found[place] != FROZEN for place in segment.inputs)
+        fed = False
+        for place in segment.inputs:  # a loop: planning calls this for every candidate
+            if found[place] != FROZEN:
+                fed = True
+                break
         if segment.block in trained:
             found.append(TRAINED if fed else LOWEST)
         else:
@@ -231,12 +239,16 @@ def prefix_of(table: CostTable, trained: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in table.spec.names if name not in feeling)
 
 
+def prefix_ends(spec: ModelSpec, prefix: Collection[str]) -> tuple[str, ...]:
+    """The blocks of a prefix whose output is kept: the last of each chain; of the trunk alone."""
+    last = {block.chain: block.name for block in spec.blocks if block.name in prefix}
+    return (last[TRUNK],) if TRUNK in last else tuple(last.values())
+
+
 def prefix_output_bytes_per_sample(table: CostTable, prefix: Collection[str]) -> int:
-    """What the blocks above a frozen prefix read of one sample."""
-    inside = [segment.block in prefix for segment in table.segments]
-    return sum(
-        c.size.per_sample for c in table.crossings if inside[c.born] and not inside[last_reader(c)]
-    )
+    """What is kept of a frozen prefix for one sample."""
+    ends = prefix_ends(table.spec, prefix)
+    return sum(block.output_bytes_per_sample for block in table.blocks if block.name in ends)
 
 
 def last_reader(crossing: Crossing) -> int:

@@ -92,6 +92,7 @@ class Sizes:
             by_state[LOWEST] = by_state[TRAINED]
         self.carry = [s.carry.at(micro_batch) for s in rows]
         self.crossings = [c.size.at(micro_batch) for c in outline.table.crossings]
+        self.samples = micro_batch
         self.batch = outline.table.batch_bytes_per_sample * micro_batch
 
 
@@ -140,6 +141,7 @@ class Step:
 
     checkpoint: activations of recomputable blocks are dropped and computed again.
     skipped:    frozen blocks that are not run, their weights not in memory.
+    brought:    bytes a sample that are there in their place.
     """
 
     def __init__(
@@ -150,8 +152,9 @@ class Step:
         *,
         checkpoint: bool = False,
         skipped: Collection[str] = (),
+        brought: int = 0,
     ) -> None:
-        self._outline, self._table = outline, outline.table
+        self._outline, self._table, self._brought = outline, outline.table, brought
         self.states = outline.states(trained)
         skipped = set(skipped)
         self._runs = [block not in skipped for block in outline.places]
@@ -159,6 +162,12 @@ class Step:
         self._recomputes = [
             state != FROZEN and block in again
             for block, state in zip(outline.places, self.states, strict=True)
+        ]
+        # What runs again keeps nothing before, as what is frozen.
+        self._ahead = [
+            (place, FROZEN if self._recomputes[place] else state)
+            for place, state in enumerate(self.states)
+            if self._runs[place]
         ]
         # From the top down: those a gradient reaches, and whether they run again before.
         self._back = [
@@ -183,10 +192,12 @@ class Step:
         self._saved: list[int] = []
         self._trains = [state in (TRAINED, LOWEST) for state in self.states]
         self._passes = [state == PASSED for state in self.states]
-        for number, crossing in enumerate(self._table.crossings):
-            if self._runs[crossing.born]:
-                self._born[crossing.born].append(number)
-            elif self._runs[self._outline.spans[number][1]]:
+        for number, (crossing, (born, reader)) in enumerate(
+            zip(self._table.crossings, self._outline.spans, strict=True)
+        ):
+            if self._runs[born]:
+                self._born[born].append(number)
+            elif self._runs[reader]:
                 self._from_cache.append(number)
             keeper = self._keeper(crossing)
             if keeper >= 0:
@@ -205,11 +216,15 @@ class Step:
 
     def _keeper(self, crossing: Crossing) -> int:
         """The lowest segment that keeps a crossing for its backward; -1: nobody."""
-        found = [place for place in crossing.savers_trained if self._trains[place]]
-        found += [place for place in crossing.savers_passed if self._passes[place]]
-        if self._recomputes[crossing.last_use]:
-            found.append(crossing.last_use)
-        return min(found, default=-1)
+        last_use = crossing.last_use
+        lowest = last_use if self._recomputes[last_use] else len(self.states)
+        for place in crossing.savers_trained:
+            if place < lowest and self._trains[place]:
+                lowest = place
+        for place in crossing.savers_passed:
+            if place < lowest and self._passes[place]:
+                lowest = place
+        return lowest if lowest < len(self.states) else -1
 
     def peak_bytes(
         self, sizes: Sizes, *, accumulate: bool = False, step_in_backward: bool = False
@@ -251,12 +266,11 @@ class Step:
 
     def _forward(self, level: int, sizes: Sizes) -> int:
         crossings = sizes.crossings
-        highest = level = level + sum([crossings[c] for c in self._from_cache])
-        for place, state in enumerate(self.states):
-            if not self._runs[place]:
-                continue
-            if self._recomputes[place]:
-                state = FROZEN
+        given, brought = sum([crossings[c] for c in self._from_cache]), self._brought
+        # What is made of a kept output before the first block runs comes beside it.
+        level += given + (brought * sizes.samples if brought * sizes.samples > given else 0)
+        highest = level
+        for place, state in self._ahead:
             top = level + sizes.rise[state][place]
             if top > highest:
                 highest = top

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from edge_sdk.watch import (
     Store,
     Watch,
     leaves,
+    left_as_it_was,
     to_meta,
     watch_pass,
     without_memory,
@@ -46,19 +48,19 @@ def cost_table(model: BlockModel, samples: Samples) -> CostTable:
     Batches up to the task's are interpolated, larger ones extrapolated. TaskError when the model
     or its loss fails on its own data.
     """
-    sample = _sample(model, samples)
-    return _without_data(model, sample) or _on_data(model, sample)
+    return _without_data(model, samples) or _on_data(model, samples)
 
 
 def cost_table_apart(model: BlockModel, samples: Samples) -> CostTable:
     """As ``cost_table``, in a child process: what watching loads, 50 MiB, is gone with it."""
-    table = _in_child(lambda: _without_data(model, _sample(model, samples)))
-    return table or _on_data(model, _sample(model, samples))
+    return _in_child(lambda: _without_data(model, samples)) or _on_data(model, samples)
 
 
-def _sample(model: BlockModel, samples: Samples) -> Sample:
+def _sample(model: BlockModel, samples: Samples, distinct: int) -> Sample:
+    """Batches of some samples, over and over."""
+
     def first(count: int) -> tuple[Any, Any]:
-        index = torch.arange(count) % samples.count
+        index = torch.arange(count) % min(distinct, samples.count)
         return view_of(model.task, samples, index, 0), samples.targets_at(index)
 
     return first
@@ -81,20 +83,24 @@ def _in_child(work: Callable[[], CostTable | None]) -> CostTable | None:
     return msgspec.msgpack.decode(data, type=CostTable | None) if data else None
 
 
-def _without_data(model: BlockModel, sample: Sample) -> CostTable | None:
+def _without_data(model: BlockModel, samples: Samples) -> CostTable | None:
     """The table from tensors without memory; None for a model that needs data to run."""
+    sample = _sample(model, samples, samples.count)
     large = max(SMALL_BATCH + 1, model.task.training.batch_size)
     try:
-        with without_memory(model):
+        with left_as_it_was(model), without_memory(model):
             return _table(model, lambda n: to_meta(sample(n)), large)
     except Exception:  # it looks at values, or holds tensors of its own: anything may come of that
         return None
 
 
-def _on_data(model: BlockModel, sample: Sample) -> CostTable:
+def _on_data(model: BlockModel, samples: Samples) -> CostTable:
     buffers = {name: buffer.clone() for name, buffer in model.module.named_buffers()}
+    # A model that looks at its data does the same on a batch that holds the same samples twice.
+    sample = _sample(model, samples, SMALL_BATCH)
     try:
-        return _table(model, sample, SMALL_BATCH + 1)
+        with left_as_it_was(model):
+            return _table(model, sample, 2 * SMALL_BATCH)
     except TaskError:
         raise
     except Exception as error:
@@ -114,13 +120,6 @@ class _Pair:
     small: Watch
     large: Watch
     batches: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        seen = [
-            [(e.backward, e.segment, e.sign) for e in w.events] for w in (self.small, self.large)
-        ]
-        if self.small.segments != self.large.segments or seen[0] != seen[1]:
-            raise TaskError("the model does something else at another batch size")
 
     def line(self, small: float, large: float) -> Line:
         """The line through two sizes, rounded up."""
@@ -199,15 +198,24 @@ class _Pair:
 
 
 def _pair(model: BlockModel, sample: Sample, large: int, trained: Sequence[str]) -> _Pair:
-    watches = [watch_pass(model, trained, *sample(n)) for n in (SMALL_BATCH, large)]
-    return _Pair(watches[0], watches[1], (SMALL_BATCH, large))
+    small, big = (watch_pass(model, trained, *sample(n)) for n in (SMALL_BATCH, large))
+    if small.segments != big.segments or small.outline() != big.outline():
+        raise TaskError(
+            f"task {model.task.name!r}: the model or its loss does other things with {large} "
+            f"samples than with {SMALL_BATCH}, so what it costs cannot be told; compute "
+            "on the whole batch at once"
+        )
+    return _Pair(small, big, (SMALL_BATCH, large))
 
 
 def _table(model: BlockModel, sample: Sample, large: int) -> CostTable:
     spec = model.spec
-    frozen = _pair(model, sample, large, ())
+    with _outputs(model) as sizes:
+        frozen = _pair(model, sample, large, ())
+    # Kept can be what is computed once in a pass.
+    outputs = {name: frozen.line(*both) for name, both in sizes.items() if len(both) == 2}
     trained = _pair(model, sample, large, spec.names)
-    passed = _pair(model, sample, large, _first_blocks(spec))
+    passed = _passed_pair(model, sample, large, trained)
     if passed.small.segments != trained.small.segments:
         passed = trained
     if frozen.small.segments != trained.small.segments:
@@ -218,12 +226,15 @@ def _table(model: BlockModel, sample: Sample, large: int) -> CostTable:
     return CostTable(
         task=model.task.name,
         spec=spec,
-        blocks=tuple(_block_cost(spec, name, segments, crossings) for name in spec.names),
+        blocks=tuple(
+            _block_cost(spec, name, segments, crossings, outputs.get(name, Line(0, 0)))
+            for name in spec.names
+        ),
         segments=segments,
         crossings=crossings,
         batch_bytes_per_sample=batch[1] - batch[0],
         recomputable=tuple(recomputed_blocks(model)),
-        cuttable=tuple(block_modules(model)),
+        cuttable=tuple(name for name in spec.names if name in outputs),
         min_micro_batch=min_micro_batch(model),
         views=model.task.augment_views if model.task.augment else 1,
         random_prefix=model.task.random_prefix,
@@ -231,11 +242,42 @@ def _table(model: BlockModel, sample: Sample, large: int) -> CostTable:
     )
 
 
-def _first_blocks(spec: ModelSpec) -> tuple[str, ...]:
-    """The first block with parameters of each chain."""
+@contextmanager
+def _outputs(model: BlockModel) -> Iterator[dict[str, list[int]]]:
+    """Within, bytes of what blocks that are one module return, if it is a tensor, in every pass."""
+    sizes: dict[str, list[int]] = {}
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            sizes.setdefault(name, []).append(output.numel() * output.element_size())
+
+    handles = [
+        model.module.get_submodule(path).register_forward_hook(
+            lambda _module, _inputs, output, name=name: note(name, output)
+        )
+        for name, path in block_modules(model).items()
+    ]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _passed_pair(model: BlockModel, sample: Sample, large: int, trained: _Pair) -> _Pair:
+    """Only the first blocks trained; all of them when the loss does not depend on those alone."""
+    try:
+        return _pair(model, sample, large, _first_blocks(model.spec, trained.small.segments))
+    except TaskError:
+        return trained
+
+
+def _first_blocks(spec: ModelSpec, used: Sequence[str]) -> tuple[str, ...]:
+    """The first block of each chain that is used and has a parameter to train."""
     first: dict[str, str] = {}
     for block in spec.blocks:
-        if block.params:
+        able = any(t.kind == "parameter" and t.is_float for t in block.tensors)
+        if able and block.name in used:
             first.setdefault(block.chain, block.name)
     if len(first) > 1:
         first.pop(TRUNK, None)
@@ -324,7 +366,11 @@ def _savers(pair: _Pair) -> dict[tuple[int, int], list[tuple[int, ...]]]:
 
 
 def _block_cost(
-    spec: ModelSpec, name: str, segments: Sequence[Segment], crossings: Iterable[Crossing]
+    spec: ModelSpec,
+    name: str,
+    segments: Sequence[Segment],
+    crossings: Iterable[Crossing],
+    output: Line,
 ) -> BlockCost:
     block = spec.block(name)
     mine = {place: s for place, s in enumerate(segments) if s.block == name}
@@ -337,6 +383,7 @@ def _block_cost(
         activation_bytes_per_sample=shared + sum(s.kept_trained.per_sample for s in mine.values()),
         flops_forward_per_sample=_flops(w for s in mine.values() for w in s.work_forward),
         flops_backward_per_sample=_flops(w for s in mine.values() for w in s.work_trained),
+        output_bytes_per_sample=output.per_sample,
     )
 
 

@@ -6,6 +6,7 @@ watched on any machine. A model that looks at values to decide what to do runs o
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 import weakref
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edge_sdk.cost import Kind
+from edge_sdk.errors import TaskError
 from edge_sdk.model import BlockModel, watch_modules
 from edge_sdk.operators import flops_of, kind_of
 
@@ -71,11 +73,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: BlockModel, batch: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._outside = {tensor.untyped_storage()._cdata for tensor in leaves(batch)}
-        self._block_of = {
-            tensor.untyped_storage()._cdata: name
+        # Storages are known by their address, so those of the model must not be given back while
+        # this lives, even when a module replaces its buffers.
+        self._storages = [
+            (tensor.untyped_storage(), name)
             for name in model.spec.names
             for tensor in model.tensors(name).values()
-        }
+        ]
+        self._block_of = {storage._cdata: name for storage, name in self._storages}
         self.segments = [model.spec.names[0]]
         self.inputs: list[set[int]] = [set()]
         self.stores: list[Store] = []
@@ -83,7 +88,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.work: dict[tuple[str, int], dict[Kind, Counts]] = {}
         self.max_gradient_bytes: dict[int, int] = {}
         self._starts = [0]
-        self._now, self._backward = 0, False
+        self._now, self._backward, self._closed = 0, False, False
         self._known: dict[int, Store] = {}
         self._shares: dict[int, float] = {}
 
@@ -114,7 +119,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._shares = self._lowest_shares(loss)
 
     def close(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Backward is over: what is left are the gradients."""
+        """The pass is over: what is left are the gradients, and what the model itself keeps."""
+        self._closed = True
         for parameter in parameters:
             if parameter.grad is not None:
                 store = self._known.get(parameter.grad.untyped_storage()._cdata)
@@ -122,6 +128,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     store.gradient = True
                     largest = self.max_gradient_bytes.get(store.born, 0)
                     self.max_gradient_bytes[store.born] = max(largest, store.size_bytes)
+
+    def outline(self) -> list[tuple[bool, int, int]]:
+        """What happened, without sizes."""
+        return [(event.backward, event.segment, event.sign) for event in self.events]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,6 +178,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _lose(self, key: int, store: Store) -> None:
         self._known.pop(key, None)
+        if self._closed:  # a module kept it in a buffer until its next run
+            return
         store.alive = False
         self.events.append(Event(self._backward, self._now, store, -1))
 
@@ -243,15 +255,49 @@ def watch_pass(model: BlockModel, trained: Sequence[str], inputs: Any, targets: 
             with saving if trained else torch.no_grad():
                 loss = model.task.loss(model.run(inputs), targets)
             if trained:
+                _check_loss(model.task.name, loss)
                 watch.turn_back(loss)
                 loss.backward()
-                watch.close(parameters)
+            watch.close(parameters)
     finally:
         for handle in handles:
             handle.remove()
         for parameter in parameters:
             parameter.grad = None
     return watch
+
+
+def _check_loss(task: str, loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise TaskError(f"task {task!r}: loss() returned {type(loss).__name__}, not a tensor")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise TaskError(
+            f"task {task!r}: loss() returned a tensor of shape {tuple(loss.shape)} and "
+            f"{loss.dtype}; return one number, the mean over the samples"
+        )
+    if not loss.requires_grad:
+        raise TaskError(
+            f"task {task!r}: the loss does not depend on any parameter; in loss() and forward() "
+            "use no detach(), item() or numpy()"
+        )
+
+
+@contextmanager
+def left_as_it_was(model: BlockModel) -> Iterator[None]:
+    """Whatever is run within, the model is open where it was and its attributes are what they were.
+
+    Tensors that are changed in place stay changed.
+    """
+    modules = [(vars(module), dict(vars(module))) for module in model.module.modules()]
+    parameters = [(p, p.requires_grad) for p in model.module.parameters()]
+    try:
+        yield
+    finally:
+        for attributes, before in modules:
+            attributes.clear()
+            attributes.update(before)
+        for parameter, is_open in parameters:
+            parameter.requires_grad_(is_open)
 
 
 @contextmanager
@@ -288,13 +334,26 @@ def without_compiler() -> Iterator[None]:
     if name in sys.modules:
         yield
         return
-    stub: Any = types.ModuleType(name)
-    stub.disable = lambda function=None, *_args, **_options: function
+    stub = _NoCompiler(name)
     sys.modules[name] = stub
     try:
         yield
     finally:
-        del sys.modules[name]
+        if sys.modules.get(name) is stub:
+            del sys.modules[name]
+
+
+class _NoCompiler(types.ModuleType):
+    """Stands in for torch's compiler until somebody wants more of it than to be left alone."""
+
+    @staticmethod
+    def disable(function: Any = None, *_args: Any, **_options: Any) -> Any:
+        return function
+
+    def __getattr__(self, attribute: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), attribute)
 
 
 def _attention_of_cpu(

@@ -19,6 +19,7 @@ from edge_sdk.cost import (
     Levers,
     duration,
     overhead_bytes,
+    prefix_ends,
     price_list,
     update_work,
 )
@@ -155,6 +156,7 @@ class Cut(NamedTuple):
     """The frozen prefix of some trained blocks.
 
     bytes_per_sample: what the blocks above it read.
+    standing:         for how many rounds none of its blocks has changed.
     places:           of its segments; ``paces``: of the engines that run it, once known.
     """
 
@@ -162,6 +164,7 @@ class Cut(NamedTuple):
     can_be_kept: bool
     bytes_per_sample: int
     places: list[int]
+    standing: int
     paces: dict[Engine, Duration]
 
 
@@ -180,6 +183,7 @@ class Costing:
         self._overhead_bytes = overhead_bytes(table, limits.overhead)
         self._weights = sum(self._outline.weights.values())
         self._cuttable = frozenset(table.cuttable)
+        self._outputs = {b.name: b.output_bytes_per_sample for b in table.blocks}
         self._update_s = {
             name: duration([update_work(table, (name,), training)], self._prices).fixed_s
             for name in table.spec.names
@@ -201,7 +205,12 @@ class Costing:
         for skipped, prefixes in (((), plain), (cut.blocks, self._kept(cut))):
             for checkpoint in again if prefixes else ():
                 step = Step(
-                    self._outline, blocks, self._training, checkpoint=checkpoint, skipped=skipped
+                    self._outline,
+                    blocks,
+                    self._training,
+                    checkpoint=checkpoint,
+                    skipped=skipped,
+                    brought=cut.bytes_per_sample if skipped else 0,
                 )
                 levers = Levers(checkpoint=checkpoint, cached=bool(skipped))
                 passes = list(self._passes(step, levers, update_s))
@@ -230,20 +239,16 @@ class Costing:
         states = outline.states(blocks)
         above = {block for block, state in zip(places, states, strict=True) if state != FROZEN}
         below = [block not in above for block in places]
-        crossing = [
-            number
-            for number, (born, reader) in enumerate(outline.spans)
-            if below[born] and not below[reader]
-        ]
-        crossings = self._table.crossings
-        ends = {places[crossings[number].born] for number in crossing}
         prefix = tuple([name for name in outline.names if name not in above])
+        ends = prefix_ends(self._table.spec, prefix)
+        unchanged = self._limits.unchanged_rounds
         able = bool(prefix) and not self._table.random_prefix
         return Cut(
             blocks=prefix,
-            can_be_kept=able and ends <= self._cuttable,
-            bytes_per_sample=sum([crossings[number].size.per_sample for number in crossing]),
+            can_be_kept=able and self._cuttable.issuperset(ends),
+            bytes_per_sample=sum([self._outputs[name] for name in ends]),
             places=[place for place, frozen in enumerate(below) if frozen],
+            standing=min([unchanged.get(name, 0) for name in prefix], default=0),
             paces={},
         )
 
@@ -321,7 +326,7 @@ class Costing:
     def _with(self, prefix: FrozenPrefix, cut: Cut, passes: list[_Pass]) -> Iterator[Way]:
         """Passes together with a way to run the frozen prefix."""
         round_s, once_s, least_bytes, beside_bytes = self._prefix_costs(prefix, cut)
-        shared_s = once_s / (1 + self._standing(prefix.blocks))
+        shared_s = once_s / (1 + cut.standing)
         for each in passes:
             train_s = each.train_s + round_s
             yield Way(
@@ -415,10 +420,6 @@ class Costing:
         """How far memory rises while the prefix runs over a batch."""
         sizes = self._sizes_at(batch)
         return max(sizes.rise[FROZEN], default=0) + max(sizes.crossings, default=0) + sizes.batch
-
-    def _standing(self, blocks: tuple[str, ...]) -> int:
-        """For how many rounds none of these blocks changed."""
-        return min((self._limits.unchanged_rounds.get(name, 0) for name in blocks), default=0)
 
     def _whole_bytes(self, weigh: Callable[[], int], least_bytes: int, beside_bytes: int) -> int:
         """What a pass weighs, or its prefix at the least, with what is there beside."""

@@ -83,7 +83,8 @@ def best_by_force(
             return blocks, 18, best.peak_bytes
     blocks = candidates[-1]
     left_s = usable_s(table, blocks, limits)
-    found = [(affordable(w, left_s), -w.peak_bytes) for w in small_ways(table, blocks, limits)]
+    ways = [way for way in small_ways(table, blocks, limits) if way.prefix.cache == "none"]
+    found = [(affordable(way, left_s), -way.peak_bytes) for way in ways]
     steps, peak = max(found, default=(0, 0))
     return (blocks, steps, -peak) if steps else None
 
@@ -130,6 +131,7 @@ def check_within(plan: Plan, limits: Limits, table: CostTable, candidates: Candi
     assert plan.peak_bytes <= plan.budget_bytes == limits.memory_bytes
     assert plan.round_s <= DEADLINE_SHARE * limits.deadline_s * (1 + 1e-9)
     assert plan.steps is None or (plan.blocks == candidates[-1] and 1 <= plan.steps < 18)
+    assert plan.steps is None or plan.prefix.cache == "none"
     assert plan.micro_batch == plan.batch_size == 12 or not plan.step_in_backward
     assert plan.micro_batch >= table.min_micro_batch
     prefix = plan.prefix

@@ -444,7 +444,7 @@ def test_the_screen_is_plain_text(finished: Simulation) -> None:
     assert "\r" not in text
     assert re.search(r"^round 1 of 1  accuracy 0\.\d{3}  loss \d\.\d{3}  \d+\.\d s$", text, re.M)
     assert re.search(
-        rf"^  {BOARDS[0]} +trains 0 2 4 +peak \d+ \(\d+\) MiB of 7000  up ", text, re.M
+        rf"^  {BOARDS[0]} +trains 0 2 4 +peak \d+ \(\d+\) MiB of 6580  up ", text, re.M
     )
     assert re.search(r"^done: 1 round in \d+\.\d s, held-out accuracy 0\.\d{3}$", text, re.M)
     assert "updates: 2 made, 2 counted, 0 lost, 0 double\n" in text

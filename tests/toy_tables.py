@@ -62,6 +62,7 @@ def table_of(*rows: Row, **changes: Any) -> CostTable:
                 activation_bytes_per_sample=row.kept,
                 flops_forward_per_sample=row.flops,
                 flops_backward_per_sample=2 * row.flops,
+                output_bytes_per_sample=row.out,
             )
             for block, row in zip(blocks, rows, strict=True)
         ),
