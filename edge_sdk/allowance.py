@@ -47,6 +47,7 @@ class Allowance:
         self._seen: dict[str, tuple[str, int]] = {}
         self._filled: tuple[str, ...] = ()
         self._filled_in_memory = False
+        self._engines = engines()
 
     def budget(self, trainer_pid: int | None) -> Budget:
         """Memory the trainer may use now: what is free, and what it holds already.
@@ -91,7 +92,7 @@ class Allowance:
             floor_bytes=floor_bytes,
             deadline_s=left_s,
             correction=self.correction(table),
-            available_engines=engines(),
+            available_engines=self._engines,
         )
         limits = msgspec.structs.replace(
             limits,
@@ -100,6 +101,10 @@ class Allowance:
             filled_prefix=self._filled,
         )
         return plan_for(offer, table, limits, num_examples)
+
+    def run_whole(self) -> None:
+        """The frozen blocks of this task cannot be run apart after all."""
+        self._engines = ()
 
     def offered(self, offer: Offer) -> None:
         """Note which blocks are as they were in the round before; once for each round."""

@@ -23,7 +23,7 @@ class Damaged:
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """The trainer was killed or refused memory; ``train_again`` decides what becomes of that."""
+    """The plan cannot be carried out; ``train_again`` decides what becomes of that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -351,6 +351,10 @@ class Supervisor:
         if answer.kind == "memory":
             self._fell_short(mine)
             return Down()
+        if answer.kind == "prefix":
+            self._allowance.run_whole()
+            mine.plan = None
+            return Down()
         return self._give_up(answer.message)
 
     def _up(self, answer: Described | Up) -> Outcome | None:

@@ -9,7 +9,6 @@ sees its end of the pair close and leaves.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import queue
 import signal
@@ -49,8 +48,6 @@ REFUSED_MEMORY = (
     *("alloc", "out of memory", "could not create a primitive", "start new thread"),
     *("Cannot allocate", "thread creation failed", "Resource temporarily unavailable"),
 )
-
-log = logging.getLogger("edge_sdk")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -290,6 +287,8 @@ def floor_bytes() -> int:
 def _kind(error: Exception) -> str:
     if isinstance(error, DamagedBlock):
         return "damaged"
+    if type(error).__name__ == "NoPrefix":  # its module loads torch, which may have failed
+        return "prefix"
     refused = isinstance(error, (MemoryError, RuntimeError, OSError)) and any(
         words in str(error) for words in REFUSED_MEMORY
     )
@@ -488,35 +487,22 @@ class _Local:
     def _prefix(self, plan: Plan) -> OpenPrefix | None:
         """Load what the plan needs; its frozen prefix, where that runs apart.
 
-        A prefix that turns out not to run apart is run with the rest, which only costs more.
+        Raises NoPrefix when it does not run apart: run with the rest it needs more memory.
         """
-        from edge_sdk.prefix_cut import NoPrefix
-
-        apart = (
-            ()
-            if plan.prefix.engine == "torch" and plan.prefix.cache == "none"
-            else (plan.prefix.blocks)
-        )
-        self._load([name for name in self._entries if name not in apart])
-        # Only some of the samples are needed for some of the steps: those, when they are.
-        some = plan.steps is not None
         how = plan.prefix
-        try:
-            return self._worker.prefixes.open(
-                how,
-                {name: self._entries[name].sha256 for name in how.blocks},
-                limit_bytes=plan.budget_bytes
-                if how.cache == "memory"
-                else self._worker.setup.storage_bytes,
-                batch_size=FILL_BATCH,
-                load=lambda name: self._load([name]),
-                wanted=() if some else None,
-                pause=self._worker.pause,
-            )
-        except NoPrefix as error:
-            log.warning("round %d: %s", self._order.offer.round, error)
-            self._load(self._entries)
-            return None
+        apart = () if how.engine == "torch" and how.cache == "none" else how.blocks
+        self._load([name for name in self._entries if name not in apart])
+        in_memory = how.cache == "memory"
+        return self._worker.prefixes.open(
+            how,
+            {name: self._entries[name].sha256 for name in how.blocks},
+            limit_bytes=plan.budget_bytes if in_memory else self._worker.setup.storage_bytes,
+            batch_size=FILL_BATCH,
+            load=lambda name: self._load([name]),
+            # Only some of the samples are needed for some of the steps: those, when they are.
+            wanted=None if plan.steps is None else (),
+            pause=self._worker.pause,
+        )
 
     def _load(self, names: Iterable[str]) -> None:
         """Have these blocks in the model as the offer has them."""

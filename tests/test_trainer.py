@@ -261,7 +261,9 @@ def test_a_prefix_that_is_kept_changes_nothing_but_the_cost(bench: Bench, cache:
     assert bool(list(bench.folder.glob("prefix/*"))) == (cache == "disk")
 
 
-def test_a_prefix_that_cannot_run_apart_runs_with_the_rest(bench: Bench) -> None:
+def test_a_prefix_that_cannot_run_apart_is_said_and_the_next_plan_carried_out(
+    bench: Bench,
+) -> None:
     plain = bench.order(21)
     bench.trainer.train(plain)
     assert isinstance(bench.answer(), Trained)
@@ -271,6 +273,10 @@ def test_a_prefix_that_cannot_run_apart_runs_with_the_rest(bench: Bench) -> None
         bench.order(21, prefix=FrozenPrefix(blocks=("0",), cache="memory")).plan, budget_bytes=512
     )
     bench.trainer.train(Train(offer=plain.offer, plan=small))
+    failed = bench.answer()
+    assert isinstance(failed, Failed)
+    assert (failed.round, failed.kind) == (21, "prefix")
+    bench.trainer.train(plain)
     assert isinstance(bench.answer(), Trained)
     assert bench.update(21)[1] == expected
 
