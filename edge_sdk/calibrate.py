@@ -80,12 +80,20 @@ def _stack(*sizes: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*[nn.Linear(a, b) for a, b in pairs])
 
 
+def _convolutions(width: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before in (3, width, width):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 # The kind is that whose memory overhead a case shows; the order is that of first use in training.
 CASES: tuple[Case, ...] = (
     ("matmul", _stack(*[32] * 9), (8, 32)),
     ("matmul", _stack(512, 512, 512), (128, 512)),
     ("matmul", _stack(256, 768, 256), (32, 16, 256)),
     ("matmul", _stack(1024, 1024), (4, 1024)),
+    ("matmul", _stack(784, 1024, 1024, 512, 10), (32, 784)),
     ("matmul", lambda: _Bare(lambda x: x @ x.transpose(-1, -2)), (32, 64, 32)),
     ("elementwise", lambda: _Bare(lambda x: (x + 1.5) * x - x.relu()), (16, 64)),
     ("elementwise", lambda: _Bare(lambda x: (x + 1.5) * x - x.relu()), (64, 8192)),
@@ -95,14 +103,14 @@ CASES: tuple[Case, ...] = (
     ("norm", lambda: _Bare(lambda x: x.softmax(-1)), (256, 1024)),
     ("norm", lambda: nn.LayerNorm(64), (16, 64)),
     ("norm", lambda: nn.LayerNorm(256), (16, 64, 256)),
-    ("norm", lambda: nn.BatchNorm2d(16), (16, 16, 24, 24)),
+    ("norm", lambda: nn.BatchNorm2d(32), (16, 32, 32, 32)),
     ("attention", lambda: _Bare(_attend), (2, 2, 16, 16)),
     ("attention", lambda: _Bare(_attend), (8, 4, 64, 32)),
     ("attention", lambda: _Bare(_attend), (2, 4, 256, 32)),
-    ("convolution", lambda: nn.Conv2d(3, 16, 3, padding=1), (8, 3, 32, 32)),
-    ("convolution", lambda: nn.Conv2d(32, 32, 3, padding=1), (8, 32, 16, 16)),
     ("convolution", lambda: nn.Conv2d(64, 64, 1), (8, 64, 8, 8)),
     ("convolution", lambda: nn.Conv2d(8, 8, 3), (1, 8, 8, 8)),
+    ("convolution", lambda: _convolutions(32), (8, 3, 32, 32)),
+    ("convolution", lambda: _convolutions(16), (2, 3, 32, 32)),
     ("grouped", lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), (8, 32, 16, 16)),
     ("window", lambda: _Bare(lambda x: functional.max_pool2d(x, 2)), (8, 16, 32, 32)),
     ("window", lambda: _Bare(lambda x: functional.avg_pool2d(x, 2)), (2, 8, 8, 8)),

@@ -187,8 +187,8 @@ OVERHEAD_BYTES = {
     "attention": 2 << 20, "convolution": 14 << 20, "grouped": 2 << 20, "window": 1 << 20,
     "recurrent": 8 << 20, "random": 1 << 20,
 }  # fmt: skip
-# Operators of an update for each parameter tensor, and bytes read and written for each element.
-_UPDATES = {"plain": (1, 12), "sgd": (3, 32), "adam": (7, 76), "adamw": (8, 84)}
+# Operators of an update for each parameter tensor, and bytes moved for each element, in place.
+_UPDATES = {"plain": (1, 3), "sgd": (3, 8), "adam": (7, 19), "adamw": (8, 21)}
 
 
 def units(kind: str, operators: float, flops: float, moved_bytes: float) -> list[tuple[str, float]]:

@@ -27,6 +27,8 @@ from edge_sdk.operators import flops_of, kind_of
 
 FORWARD, BACKWARD, LOWEST = "forward", "backward", "lowest"
 _NO_NUMBER = 1 << 62
+# What reading a byte costs, of writing one into new memory.
+READ_SHARE = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +190,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         name = func.overloadpacket.__name__
         kind, flops = kind_of(name, args), flops_of(name, args, kwargs, out)
-        moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+        # A result costs its pages too, which the system has to clear first.
+        moved = sum(map(_size, made)) + READ_SHARE * sum(map(_size, given))
         phase = BACKWARD if self._backward else FORWARD
         self._row(phase, kind).add(1, flops, moved)
         if self._backward:
@@ -383,6 +386,10 @@ def to_meta(data: Any) -> Any:
     if isinstance(data, tuple):
         return tuple(to_meta(value) for value in data)
     return torch.empty_like(data, device="meta")
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def leaves(data: Any) -> Iterator[torch.Tensor]:

@@ -178,9 +178,9 @@ def test_updates_by_optimizer() -> None:
         found = update_work(TOY, trained, training)
         return found.operators, found.moved_bytes_fixed
 
-    assert moved(PLAIN, "b1") == (1, 12 * MIB // 2)
-    assert moved(SGD, "b1") == (3, 32 * MIB // 2)
-    assert moved(ADAM, "b0", "b1") == (14, 76 * MIB * 3 // 2)
+    assert moved(PLAIN, "b1") == (1, 3 * MIB // 2)
+    assert moved(SGD, "b1") == (3, 8 * MIB // 2)
+    assert moved(ADAM, "b0", "b1") == (14, 19 * MIB * 3 // 2)
 
 
 def test_overhead_is_that_of_the_kinds_in_use() -> None:

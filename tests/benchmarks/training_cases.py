@@ -128,6 +128,7 @@ def run_case(case: Case, machine: Machine, home: Path, *, timed: bool) -> Outcom
         **{
             **{f: getattr(OPTIMIZERS[case.optimizer], f) for f in ("optimizer", "momentum")},
             "batch_size": case.batch,
+            "learning_rate": 1e-5,
             "local_epochs": -(-MEMORY_STEPS * case.batch // SAMPLES),
         }
     )
