@@ -249,9 +249,9 @@ def event_words(event: Mapping[str, Any]) -> str:
         case {"event": "decline", "round": number, "reason": reason}:
             return f"round {number}: sits out: {reason}"
         case {"event": "killed", "memory": True}:
-            return "the trainer was killed: memory ran out"
+            return "the trainer is started again: memory ran out"
         case {"event": "killed", "exit_code": code}:
-            return f"the trainer died, exit code {code}"
+            return f"the trainer is started again after exit code {code}"
         case {"event": "paused", "round": number, "reason": reason}:
             return f"round {number}: paused: {reason}"
         case {"event": "resumed", "round": number}:

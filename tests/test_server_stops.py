@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import queue
 import re
 import signal
 import struct
@@ -163,7 +164,8 @@ class SilentDevice(threading.Thread):
         self.rounds: list[int] = []
 
     def run(self) -> None:
-        with Watcher(self._url, self._job, "d") as watcher:
+        # Silence is how it ends: nobody says good-bye to it.
+        with Watcher(self._url, self._job, "d") as watcher, suppress(queue.Empty):
             hello = Hello(
                 session=1, sdk="x", profile="x", memory_bytes=1, flops_per_s=1.0,
                 spec_digest=self._digest, num_examples=1,
