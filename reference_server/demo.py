@@ -34,10 +34,10 @@ MAX_SERVER_RESTARTS = 20
 # Chosen so that these boards' own rates and memory lead to different depths.
 DEMO_ROUND_S = 5.0
 DEMO_DEVICES = (
-    "raspberry-pi-3b-plus",
+    "raspberry-pi-zero-2w",
     "raspberry-pi-4b-2gb",
     "raspberry-pi-5-8gb",
-    "raspberry-pi-zero-2w",
+    "raspberry-pi-3b-plus",
 )
 
 
