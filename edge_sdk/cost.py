@@ -32,7 +32,6 @@ ENCODE_BYTES_PER_ELEMENT = 14
 # Bits one float element costs on the wire, by codec: measured on Gaussian, Laplace and Student-t
 # changes of 1e-4 to 1e-2 rms, rounded up.
 BITS_PER_PARAM = {"fp32": 23.0, "fp16": 14.0, "int8": 5.2}
-OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
 def bits_per_param(codec: str) -> float:
