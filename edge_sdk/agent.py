@@ -14,21 +14,21 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from edge_sdk import __version__
 from edge_sdk.assignment import Damaged, Down, Fits, GaveUp, Outcome
+from edge_sdk.brokers import broker_profile
 from edge_sdk.errors import (
     ConfigError,
     MalformedMessage,
-    PeerError,
     Refused,
 )
+from edge_sdk.fetch import Fetch
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
 from edge_sdk.mqtt import Link
-from edge_sdk.pieces import Incoming
+from edge_sdk.outbox import Outbox, piece_limit_bytes
 from edge_sdk.process import process_peak_bytes
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
@@ -40,7 +40,6 @@ from edge_sdk.wire import (
     Head,
     Hello,
     Offer,
-    Open,
     Piece,
     Presence,
     Receipt,
@@ -51,13 +50,8 @@ from edge_sdk.wire import (
     Welcome,
     decode,
     encode,
-    encode_piece,
 )
 
-# Pieces asked for ahead: enough to fill a link of 100 ms and 40 Mbit/s, and a megabyte at most.
-WINDOW_PIECES = 16
-# One answer to a Want: what a server may make this device hold, whatever it asks for.
-MAX_PIECES_PER_WANT = 64
 # A flash card that damages one block is fetched for again; a source of wrong blocks is given up.
 MAX_DAMAGED = 5
 # How long a device waits for a receipt after the job is over.
@@ -82,6 +76,7 @@ class AgentSettings:
     threads: int = 1
     nursery: str | None = None
     ca_file: str | None = None
+    broker_profile: str = "generic"
     report: Callable[[dict[str, Any]], None] = field(default=lambda event: None)
 
 
@@ -103,10 +98,8 @@ class Agent:
         self._phase = Phase.IDLE
         self._offer: Offer | None = None
         self._waiting: Offer | None = None
-        self._entry: SpoolEntry | None = None
-        self._incoming: Incoming | None = None
-        # A server that folds other updates answers after a second or two; sooner would be noise.
-        self._hello, self._open = Retry(self._rng, 2.0), Retry(self._rng, 2.0)
+        self._fetch, self._outbox = self._make_fetch(), self._make_outbox()
+        self._hello = Retry(self._rng, 2.0)
         self._fetch_bytes = 0
         self._last_receipt = -1
         self._boot = ""
@@ -167,6 +160,28 @@ class Agent:
             will=(self._topics.presence(mine.device), will),
             rng=self._rng,
             ca_file=mine.ca_file,
+            limits=broker_profile(mine.broker_profile),
+        )
+
+    def _make_fetch(self) -> Fetch:
+        return Fetch(
+            self._cache,
+            self._link,
+            self._topics,
+            self._settings.device,
+            self._rng,
+            time.monotonic,
+        )
+
+    def _make_outbox(self) -> Outbox:
+        return Outbox(
+            self._spool,
+            self._link,
+            self._topics,
+            self._settings.device,
+            self._rng,
+            time.monotonic,
+            piece_limit_bytes(self._settings.profile.uplink_bytes_per_s),
         )
 
     # -- the loop ---------------------------------------------------------------------------
@@ -174,7 +189,7 @@ class Agent:
     def _next(self) -> Any:
         now_s = time.monotonic()
         times = (
-            self._hello.due_s, self._open.due_s, self._fetch_due_s(), self._supervisor.due_s()
+            self._hello.due_s, self._outbox.due_s(), self._fetch.due_s(), self._supervisor.due_s()
         )  # fmt: skip
         due = [t for t in times if t is not None]
         if self._done_at_s is not None:
@@ -203,20 +218,17 @@ class Agent:
         now_s = time.monotonic()
         if self._hello.is_due(now_s):
             self._greet()
-        if self._open.is_due(now_s):
-            self._send_update()
-        due_s = self._fetch_due_s()
-        if due_s is not None and now_s >= due_s:
-            self._ask_for_pieces()
+        self._outbox.pump()
+        self._fetch.repeat()
         self._outcome(self._supervisor.watch(now_s))
 
     def _finished(self) -> bool:
         if self._done_at_s is None:
             return False
         overdue = time.monotonic() > self._done_at_s + LAST_RECEIPT_S
-        if self._entry is not None and overdue:
+        if self._outbox.entry is not None and overdue:
             log.warning("the job is over; one update has no receipt and stays in the spool")
-        return self._entry is None or overdue
+        return self._outbox.entry is None or overdue
 
     def _step(self, event: Event) -> None:
         self._phase, effects = transition(self._phase, event)
@@ -248,11 +260,8 @@ class Agent:
     def _link_up(self) -> None:
         log.info("connected, MQTT %s", self._link.protocol)
         self._greet()
-        if self._phase is Phase.SENDING:
-            self._send_update()
-        elif self._incoming is not None:
-            self._incoming.forget_asked()
-            self._ask_for_pieces()
+        self._outbox.reconnected()
+        self._fetch.reconnected()
 
     def _greet(self) -> None:
         described = self._supervisor.described
@@ -281,11 +290,13 @@ class Agent:
     def _head(self, head: Head) -> None:
         if head.state == "done":
             if self._done_at_s is None:
-                self._done_at_s, self._incoming = time.monotonic(), None
+                self._done_at_s = time.monotonic()
+                self._fetch.stop()
                 self._supervisor.drop()
                 self._step(Event.DONE)
         elif head.boot != self._boot:
             self._greet()
+            self._outbox.announce()
 
     def _welcome(self, message: Welcome) -> None:
         self._boot = message.boot
@@ -304,7 +315,7 @@ class Agent:
         newest = self._waiting or self._offer
         if newest is not None and (offer.round, offer.ticket) == (newest.round, newest.ticket):
             if self._phase is not Phase.IDLE:
-                self._set_deadline(offer)  # it may have been put off
+                self._offered_again(offer)
                 return
         elif newest is not None and offer.round < newest.round:
             return
@@ -319,21 +330,15 @@ class Agent:
         self._fetch_bytes = sum(missing)
         self._step(Event.OFFERED)
 
-    def _wanted(self, want: Want) -> None:
-        entry = self._entry
-        if entry is None or want.sha256 != entry.sha256:
-            return
-        self._open.restart(time.monotonic())
-        total = -(-entry.size_bytes // want.piece_bytes)
-        wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
-        for index in islice(wanted, MAX_PIECES_PER_WANT):
-            data = self._spool.read_piece(entry, index * want.piece_bytes, want.piece_bytes)
-            payload = encode_piece(entry.sha256, index, total, data)
-            self._link.publish(self._topics.up(self._settings.device), payload)
+    def _offered_again(self, offer: Offer) -> None:
+        """The deadline may have been put off, or the broker may take only smaller pieces by now."""
+        self._set_deadline(offer)
+        if self._fetch.active and self._waiting is None:
+            self._offer = offer
+            self._fetch_blocks()
 
     def _receipt(self, receipt: Receipt) -> None:
-        entry = self._entry
-        if entry is None or (receipt.round, receipt.sha256) != (entry.round, entry.sha256):
+        if not self._outbox.answered(receipt):
             return
         self._settings.report(
             {"event": "receipt", "round": receipt.round, "verdict": receipt.verdict}
@@ -349,19 +354,8 @@ class Agent:
         self._send_leftovers()
 
     def _piece(self, piece: Piece) -> None:
-        incoming = self._incoming
-        if incoming is None:
-            return
-        try:
-            incoming.take(piece.transfer, piece.index, piece.data)
-        except PeerError as error:
-            log.warning("dropped a piece: %s", error)
-        if incoming.complete:
-            self._cache.put(incoming.sha256, incoming.content)
-            self._incoming = None
-            self._fetch()
-        else:
-            self._ask_for_pieces()
+        if self._fetch.take(piece):
+            self._fetched()
 
     # -- the trainer ------------------------------------------------------------------------
 
@@ -370,7 +364,7 @@ class Agent:
             self._greet()
             self._send_leftovers()
         elif isinstance(outcome, Fits):
-            self._fetch()
+            self._fetch_blocks()
         elif isinstance(outcome, Trained):
             self._step(Event.TRAINED)
         elif isinstance(outcome, Down):
@@ -397,34 +391,19 @@ class Agent:
     def _take_up(self) -> None:
         """Fetch for an offer, once it is sure that it can be carried out."""
         assert self._offer is not None
-        self._incoming = None
+        self._fetch.stop()
         self._outcome(self._supervisor.take_up(self._offer, self._fetch_bytes))
 
-    def _fetch(self) -> None:
-        """Ask for the next block the cache lacks; without one, go on."""
-        offer = self._offer
-        assert offer is not None
-        for entry in offer.blocks:
-            if not self._cache.has(entry.sha256):
-                self._incoming = Incoming(
-                    entry.sha256, entry.size_bytes, offer.piece_bytes, WINDOW_PIECES, self._rng
-                )
-                self._ask_for_pieces()
-                return
-        self._incoming = None
-        self._cache.evict({entry.sha256 for entry in offer.blocks})
+    def _fetch_blocks(self) -> None:
+        """Fetch the blocks the cache lacks; without one, go on."""
+        assert self._offer is not None
+        if self._fetch.begin(self._offer.blocks, self._offer.piece_bytes):
+            self._fetched()
+
+    def _fetched(self) -> None:
+        assert self._offer is not None
+        self._cache.evict({entry.sha256 for entry in self._offer.blocks})
         self._step(Event.FETCHED)
-
-    def _ask_for_pieces(self) -> None:
-        incoming, offer = self._incoming, self._offer
-        if incoming is None or offer is None:
-            return
-        ranges = incoming.want(time.monotonic())
-        if ranges:
-            self._say(Want(sha256=incoming.sha256, piece_bytes=offer.piece_bytes, ranges=ranges))
-
-    def _fetch_due_s(self) -> float | None:
-        return self._incoming.deadline_s if self._incoming is not None else None
 
     def _train(self) -> None:
         assert self._offer is not None
@@ -443,30 +422,11 @@ class Agent:
         return entries
 
     def _send_update(self) -> None:
-        if self._entry is None:
-            entries = self._own_entries()
-            if not entries:
-                raise ConfigError(
-                    f"the spool {self._settings.state_dir / 'spool'} was emptied by hand"
-                )
-            self._entry = entries[0]
-            self._presence()
-        entry = self._entry
-        self._say(
-            Open(
-                round=entry.round,
-                ticket=bytes.fromhex(entry.ticket),
-                sha256=entry.sha256,
-                size_bytes=entry.size_bytes,
-            )
-        )
-        self._open.arm(time.monotonic())
-
-    def _forget_update(self) -> None:
-        assert self._entry is not None
-        self._spool.remove(self._entry)
-        self._entry = None
-        self._open.answered()
+        entries = self._own_entries()
+        if not entries:
+            raise ConfigError(f"the spool {self._settings.state_dir / 'spool'} was emptied by hand")
+        self._presence()
+        self._outbox.deliver(entries[0])
 
     def _decline(self) -> None:
         offer = self._offer
@@ -496,7 +456,7 @@ _HANDLERS: dict[type, Callable[[Agent, Any], None]] = {
     Welcome: Agent._welcome,
     Refusal: Agent._refused,
     Offer: Agent._offered,
-    Want: Agent._wanted,
+    Want: lambda agent, want: agent._outbox.wanted(want),
     Receipt: Agent._receipt,
     Piece: Agent._piece,
 }
@@ -507,6 +467,6 @@ _EFFECTS: dict[Effect, Callable[[Agent], None]] = {
     Effect.RETRAIN_LOWER: lambda agent: agent._outcome(agent._supervisor.train_again()),
     Effect.STOP_TRAINER: lambda agent: agent._supervisor.drop(),
     Effect.SEND_UPDATE: Agent._send_update,
-    Effect.FORGET_UPDATE: Agent._forget_update,
+    Effect.FORGET_UPDATE: lambda agent: agent._outbox.forget(),
     Effect.DECLINE: Agent._decline,
 }

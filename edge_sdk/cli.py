@@ -24,6 +24,7 @@ import click
 import msgspec
 
 from edge_sdk import __version__
+from edge_sdk.brokers import BROKERS
 from edge_sdk.cli_plan import plan, profile
 from edge_sdk.cli_rehearse import tune
 from edge_sdk.console import (
@@ -79,6 +80,10 @@ cli.add_command(tune)
 @click.option("--memory-mb", type=click.IntRange(1, 1 << 30), help="Use at most so many MiB.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="[default: the profile's cores]")
 @click.option("--ca-file", help="PEM file with the CA of the broker's certificate.")
+@click.option(
+    "--broker-profile", type=click.Choice(sorted(BROKERS)), default="generic", show_default=True,
+    help="Limits of the broker that it does not tell by itself.",
+)  # fmt: skip
 @click.option("--keep-trying", is_flag=True, help="Wait for a broker that is not there yet.")
 @click.option("--nursery", hidden=True, help="Socket of a process that forks trainers.")
 @click.option("--verbose", is_flag=True, help="Log more.")
@@ -92,7 +97,7 @@ def run(**options: Any) -> None:
 def _run(
     *, task_path: Path, broker: str, job: str, device: str | None, profile_name: str, part: int,
     parts: int, state_dir: Path | None, memory_mb: int | None, threads: int | None,
-    ca_file: str | None, keep_trying: bool, nursery: str | None, verbose: bool, as_json: bool,
+    ca_file: str | None, broker_profile: str, keep_trying: bool, nursery: str | None, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from edge_sdk.link import parse_address
     from edge_sdk.mqtt import connect_once
@@ -128,6 +133,7 @@ def _run(
             profile=profile, part=part, parts=parts, nursery=nursery, ca_file=ca_file,
             threads=threads or max(1, min(profile.cores, os.cpu_count() or 1)),
             memory_bytes=None if memory_mb is None else memory_mb * MIB, report=report,
+            broker_profile=broker_profile,
         )  # fmt: skip
         Agent(settings).run()
         report({"event": "done", "job": job})

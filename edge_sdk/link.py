@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 from edge_sdk.errors import BrokerUnreachable, ConfigError
@@ -35,6 +35,9 @@ SHORT_LIFE_S = 5.0
 TAKEOVER_LIMIT = 5
 # What the kernel may hold unsent: more only makes pings and receipts wait on a slow link.
 NOTSENT_LOWAT_BYTES = 1 << 14
+# Bulk data that a connection holds without the broker's acknowledgement: it keeps a link of 200 ms
+# and 10 Mbit/s busy, is what the process holds in memory, and what a cut makes us send again.
+SEND_WINDOW_BYTES = 256 * 1024
 
 _RARELY = 16  # failures after which the wait is at its cap
 _BAD_CREDENTIALS, _BAD_CLIENT_ID = (0x86, 0x87), 0x85
@@ -73,7 +76,19 @@ class Arrived:
     payload: bytes
 
 
-LinkEvent = LinkUp | LinkDown | TakenOver | Arrived
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The broker has acknowledged so much that there is room for bulk messages again."""
+
+
+LinkEvent = LinkUp | LinkDown | TakenOver | Arrived | Drained
+
+
+class Inbox(Protocol):
+    """Where a link's events go: a queue, or what stands for one."""
+
+    def put(self, event: LinkEvent, /) -> None:
+        """Take an event; called in the link's own thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +225,18 @@ class Alarm:
 
 
 class Window:
-    """Publishes the broker has not acknowledged. Never calls paho while it holds its lock."""
+    """Publishes the broker has not acknowledged. Never calls paho while it holds its lock.
 
-    def __init__(self) -> None:
+    ``drained`` is called, without the lock, when they fall to half of SEND_WINDOW_BYTES.
+    """
+
+    def __init__(self, drained: Callable[[], None] = lambda: None) -> None:
+        self._drained = drained
         self._changed = threading.Condition()
         self._size_by_mid: dict[int, int] = {}
         self._early: set[int] = set()
         self._moved_s = 0.0
+        self.handed = 0
         self.count = 0
         self.size_bytes = 0
 
@@ -225,17 +245,20 @@ class Window:
         with self._changed:
             if self.count == 0:
                 self._moved_s = now_s
+            self.handed += 1
             self.count += 1
             self.size_bytes += size_bytes
 
     def name(self, mid: int, size_bytes: int) -> None:
         """Tie it to its packet id, which may have been acknowledged already."""
         with self._changed:
-            if mid in self._early:
-                self._early.remove(mid)
-                self._release(size_bytes)
-            else:
+            if mid not in self._early:
                 self._size_by_mid[mid] = size_bytes
+                return
+            self._early.remove(mid)
+            drained = self._release(size_bytes)
+        if drained:
+            self._drained()
 
     def acknowledge(self, mid: int, now_s: float) -> None:
         """The broker has it."""
@@ -244,12 +267,15 @@ class Window:
             size_bytes = self._size_by_mid.pop(mid, None)
             if size_bytes is None:
                 self._early.add(mid)
-            else:
-                self._release(size_bytes)
+                return
+            drained = self._release(size_bytes)
+        if drained:
+            self._drained()
 
     def cancel(self, size_bytes: int) -> None:
         """Paho did not take it."""
         with self._changed:
+            self.handed -= 1
             self._release(size_bytes)
 
     def clear(self) -> None:
@@ -257,7 +283,7 @@ class Window:
         with self._changed:
             self._size_by_mid.clear()
             self._early.clear()
-            self.count = self.size_bytes = 0
+            self.handed = self.count = self.size_bytes = 0
             self._changed.notify_all()
 
     def wait_below(self, limit_bytes: int, timeout_s: float) -> bool:
@@ -269,10 +295,13 @@ class Window:
         """Whether something is pending and nothing moved for too long."""
         return self.count > 0 and now_s - self._moved_s > ACK_LIMIT_S
 
-    def _release(self, size_bytes: int) -> None:
+    def _release(self, size_bytes: int) -> bool:
+        """Whether that made room for bulk messages again."""
+        before_bytes = self.size_bytes
         self.count -= 1
         self.size_bytes -= size_bytes
         self._changed.notify_all()
+        return self.size_bytes <= SEND_WINDOW_BYTES // 2 < before_bytes
 
 
 class Vigil:
@@ -359,9 +388,13 @@ def refusal(setup: Setup, said: str, code: int) -> str:
 class Shared:
     """What a link's connections and its callers both touch."""
 
-    def __init__(self, deliver: Callable[[str, bytes], None] = lambda topic, payload: None) -> None:
+    def __init__(
+        self,
+        deliver: Callable[[str, bytes], None] = lambda topic, payload: None,
+        drained: Callable[[], None] = lambda: None,
+    ) -> None:
         self.deliver = deliver
-        self.window = Window()
+        self.window = Window(drained)
         self.alarm = Alarm()
         self.closing = threading.Event()
         # Written by the link's thread alone, hence exact without a lock.

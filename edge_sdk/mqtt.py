@@ -1,9 +1,9 @@
-"""``Link``: a connection to an MQTT broker that comes back by itself. The only importer of paho.
+"""``Link``: a connection to an MQTT broker that comes back by itself.
 
 One thread per link owns everything: it connects, moves bytes, keeps the connection alive and
 reconnects. Other threads hand it work through ``publish`` and ``subscribe`` and read what happened
-from one queue. Each connection gets a fresh paho client, so nothing of an earlier connection is
-replayed, and a payload offered while offline is refused instead of being held in memory.
+from one queue. Nothing of an earlier connection is replayed, and a payload offered while offline is
+refused instead of being held in memory.
 
 A PUBACK says that the broker has the message, not that anybody else has: end-to-end receipts are
 the callers' business.
@@ -12,68 +12,50 @@ the callers' business.
 from __future__ import annotations
 
 import logging
-import queue
 import random
 import secrets
-import selectors
-import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-
-from edge_sdk.errors import BrokerRefused, BrokerUnreachable, LinkError, ProtocolMisuse
+from edge_sdk.brokers import BROKERS, PUBLISH_OVERHEAD_BYTES, BrokerProfile, Pace
+from edge_sdk.connection import (
+    ANSWER_LIMIT_S,
+    CLOSE_LIMIT_S,
+    MAX_PACKET_BYTES,
+    Connection,
+    matches,
+    negotiate,
+)
+from edge_sdk.errors import BrokerRefused, LinkError, ProtocolMisuse
 from edge_sdk.link import (
-    ACK_LIMIT_S,
     KEEPALIVE_S,
+    SEND_WINDOW_BYTES,
     Arrived,
     Comeback,
+    Drained,
     Greeting,
+    Inbox,
     LinkDown,
     LinkEvent,
     LinkUp,
     ProtocolName,
-    Setup,
     Shared,
     TakenOver,
-    Vigil,
-    explain,
-    guarded,
     make_setup,
-    no_broker,
-    plain,
-    refusal,
     taken_over,
-    tune,
 )
 
-__all__ = ["Arrived", "Link", "LinkDown", "LinkEvent", "LinkUp", "TakenOver", "connect_once"]
-
-# Some brokers cut at the announced second instead of the 1.5-fold the standard allows.
-KEEPALIVE_GRACE_S = 2
-TCP_LIMIT_S = 5.0
-# A broker without MQTT 5 may keep silent instead of refusing it.
-TRY_NEWEST_S = 3.0
-ANSWER_LIMIT_S = 10.0
-CLOSE_LIMIT_S = 2.0
-# Brokers announce 10 to 65535; more than this adds memory, not speed.
-INFLIGHT_MAX = 64
-# No message of ours comes near it; a longer one is an attack or another protocol.
-MAX_PACKET_BYTES = 1 << 20
-RECV_BYTES = 1 << 16
-# Fixed header, topic length, packet id, and room for an empty MQTT 5 property list.
-PUBLISH_OVERHEAD_BYTES = 5 + 2 + 2 + 1
-
-_CONNACK_BYTE = 0x20
-_SESSION_TAKEN_OVER, _UNSUPPORTED_VERSION = 0x8E, 0x84
+__all__ = [
+    "Arrived",
+    "Drained",
+    "Link",
+    "LinkDown",
+    "LinkEvent",
+    "LinkUp",
+    "TakenOver",
+    "connect_once",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +71,7 @@ def connect_once(
     setup = make_setup(url, client_id or f"edge-check-{secrets.token_hex(4)}", ca_file=ca_file)
     shared = Shared()
     try:
-        connection = _negotiate(partial(_Connection, setup, shared), None, timeout_s)
+        connection = negotiate(partial(Connection, setup, shared), None, timeout_s)
         connection.say_goodbye()
     finally:
         shared.alarm.close()
@@ -103,22 +85,28 @@ class Link:
         self,
         url: str,
         client_id: str,
-        inbox: queue.SimpleQueue[LinkEvent],
+        inbox: Inbox,
         *,
         keepalive_s: int = KEEPALIVE_S,
         ca_file: str | None = None,
         will: tuple[str, bytes] | None = None,
         rng: random.Random | None = None,
+        limits: BrokerProfile = BROKERS["generic"],
     ) -> None:
-        """``will`` is (topic, payload): published retained, at QoS 1, when we vanish."""
+        """``will`` is (topic, payload): published retained, at QoS 1, when we vanish.
+
+        ``limits``: what this kind of broker allows beyond what it says itself.
+        """
         self._setup = make_setup(url, client_id, keepalive_s, ca_file, will)
         self._inbox = inbox
         self._comeback = Comeback(rng or random.Random())
-        self._shared = Shared(self._deliver)
-        # Guards the four below; no callback takes it, because paho's own locks are taken inside.
+        self._shared = Shared(self._deliver, lambda: inbox.put(Drained()))
+        self._limits, self._pace = limits, Pace(limits)
+        # Guards the six below; no callback takes it, because paho's own locks are taken inside.
         self._lock = threading.Lock()
         self._filters: tuple[str, ...] = ()
-        self._connection: _Connection | None = None
+        self._passing_filters: tuple[str, ...] = ()
+        self._connection: Connection | None = None
         self._connected = False
         self._greeting: Greeting | None = None
         self._held: list[Arrived] | None = None
@@ -139,21 +127,58 @@ class Link:
                 self._connection.subscribe((topic_filter,))
         self._shared.alarm.ring()
 
+    def subscribe_for_now(self, topic_filter: str) -> bool:
+        """Receive what matches while this connection lasts; False when there is none."""
+        with self._lock:
+            if self._connection is None or not self._connected:
+                return False
+            self._passing_filters = (*self._passing_filters, topic_filter)
+            self._connection.subscribe((topic_filter,))
+        self._shared.alarm.ring()
+        return True
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """No longer receive what only this filter matches."""
+        with self._lock:
+            self._filters = tuple(f for f in self._filters if f != topic_filter)
+            self._passing_filters = tuple(f for f in self._passing_filters if f != topic_filter)
+            if self._connection is not None:
+                self._connection.unsubscribe(topic_filter)
+        self._shared.alarm.ring()
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Hand over one message at QoS 1; False, and nothing kept, when not connected."""
         with self._lock:
             if self._connection is None or not self._connected:
                 return False
-            limit_bytes = self._connection.greeting.max_packet_bytes or MAX_PACKET_BYTES
             packet_bytes = len(payload) + len(topic.encode()) + PUBLISH_OVERHEAD_BYTES
+            limit_bytes = self._packet_limit_bytes(self._connection.greeting)
             if packet_bytes > limit_bytes:
                 raise ProtocolMisuse(
                     f"{topic}: a packet of {packet_bytes} bytes, the broker takes at most "
                     f"{limit_bytes}; send it in pieces"
                 )
+            self._pace.spend(len(payload), time.monotonic())
             accepted = self._connection.publish(topic, payload, retain)
         self._shared.alarm.ring()
         return accepted
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a bulk message may be handed over; when not, ``Drained`` tells that it may."""
+        return self._connected and self.pending_bytes < SEND_WINDOW_BYTES
+
+    def pause_s(self) -> float:
+        """Seconds to wait before the next bulk message, by the limits of this kind of broker."""
+        with self._lock:
+            return self._pace.wait_s(time.monotonic())
+
+    def piece_bytes(self, wanted_bytes: int) -> int:
+        """Largest piece of at most ``wanted_bytes`` that this connection's packets have room for.
+
+        ConfigError when the broker takes next to nothing.
+        """
+        return self._limits.piece_bytes(wanted_bytes, self.max_packet_bytes)
 
     def wait_below(self, limit_bytes: int, timeout_s: float) -> bool:
         """Wait until at most ``limit_bytes`` are unacknowledged; False when that took too long.
@@ -192,6 +217,11 @@ class Link:
         return self._shared.window.count
 
     @property
+    def handed(self) -> int:
+        """Messages handed over since this connection began; the last ``pending`` are under way."""
+        return self._shared.window.handed
+
+    @property
     def pending_bytes(self) -> int:
         """Payload bytes handed over that the broker has not acknowledged."""
         return self._shared.window.size_bytes
@@ -226,10 +256,10 @@ class Link:
             closing.wait(self._comeback.wait_s())
         self._shared.alarm.close()
 
-    def _live_once(self) -> tuple[_Connection, float]:
+    def _live_once(self) -> tuple[Connection, float]:
         """One connection from greeting to end; LinkError when it never came to be."""
-        make = partial(_Connection, self._setup, self._shared)
-        connection = _negotiate(make, self.protocol, ANSWER_LIMIT_S)
+        make = partial(Connection, self._setup, self._shared)
+        connection = negotiate(make, self.protocol, ANSWER_LIMIT_S)
         born_s = time.monotonic()
         try:
             self._serve(connection)
@@ -239,11 +269,12 @@ class Link:
         finally:
             with self._lock:
                 self._connection, self._connected = None, False
+                self._passing_filters = ()
             self._shared.window.clear()
             connection.close()
         return connection, time.monotonic() - born_s
 
-    def _serve(self, connection: _Connection) -> None:
+    def _serve(self, connection: Connection) -> None:
         self._held = []
         with self._lock:
             self._connection, self._greeting = connection, connection.greeting
@@ -267,7 +298,7 @@ class Link:
 
     def _deliver(self, topic: str, payload: bytes) -> None:
         # Some brokers hand retained messages to clients that never subscribed to them.
-        if not any(f == topic or paho.topic_matches_sub(f, topic) for f in self._filters):
+        if not any(matches(f, topic) for f in (*self._filters, *self._passing_filters)):
             return
         event = Arrived(topic, payload)
         if self._held is None:
@@ -275,326 +306,11 @@ class Link:
         else:
             self._held.append(event)
 
+    def _packet_limit_bytes(self, greeting: Greeting) -> int:
+        known = (greeting.max_packet_bytes, self._limits.packet_bytes)
+        return min((limit for limit in known if limit), default=MAX_PACKET_BYTES)
+
     def _report_down(self, reason: str) -> None:
         if reason != self._last_reason:
             self._last_reason = reason
             self._inbox.put(LinkDown(reason))
-
-
-class _Client(paho.Client):
-    """paho's client, counting every byte and refusing what no MQTT broker would send.
-
-    ``_sock_send`` and ``_sock_recv`` are the only two places where paho touches the socket's
-    data; nothing public shows PUBACKs, pings, headers and half-sent packets as bytes.
-    """
-
-    def __init__(self, setup: Setup, shared: Shared, protocol: ProtocolName) -> None:
-        newest = protocol == "5"
-        super().__init__(
-            CallbackAPIVersion.VERSION2,
-            client_id=setup.client_id,
-            clean_session=None if newest else True,
-            protocol=MQTTProtocolVersion.MQTTv5 if newest else MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        self._shared = shared
-        self.opening = b""
-        self.ending = ""
-        self.orderly = False
-        # Without it paho would write from whichever thread publishes, and mix up packets.
-        self.on_socket_register_write = lambda client, userdata, sock: None
-
-    def ping(self) -> None:
-        """Queue a PINGREQ; paho's own timer drops connections that are merely slow."""
-        self._send_pingreq()
-
-    def limit_inflight(self, limit: int) -> None:
-        """Obey the broker's Receive Maximum, known only once connected."""
-        self._max_inflight_messages = limit
-
-    def drop(self) -> None:
-        """Close the socket without a goodbye."""
-        self._sock_close()
-
-    def _sock_send(self, buf: bytes | bytearray) -> int:
-        try:
-            count = super()._sock_send(buf)
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            self.ending = self.ending or plain(error)
-            raise
-        self._shared.sent_bytes += count
-        return count
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        try:
-            if bufsize > MAX_PACKET_BYTES:
-                raise ConnectionError(f"it sent {bufsize} bytes in one, limit {MAX_PACKET_BYTES}")
-            data = super()._sock_recv(min(bufsize, RECV_BYTES))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            self.ending = self.ending or plain(error)
-            raise
-        self._shared.received_bytes += len(data)
-        if not data:
-            self.orderly = True
-            self.ending = self.ending or "the broker closed the connection"
-        elif not self.opening:
-            self.opening = data
-            if data[0] != _CONNACK_BYTE:
-                self._reject_foreigner(data)
-        return data
-
-    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
-        # Paho's own leaves the socket open when the handshake fails.
-        assert self._ssl_context is not None
-        return self._ssl_context.wrap_socket(tcp_sock, server_hostname=self._host)
-
-    def _reject_foreigner(self, data: bytes) -> None:
-        with suppress(OSError):
-            more = super()._sock_recv(20)
-            self._shared.received_bytes += len(more)
-            data += more
-        self.ending = f"it answered {data!r}"
-        raise ConnectionError(self.ending)
-
-
-class _Silent(BrokerUnreachable):
-    """Connected to something that gave no answer to CONNECT."""
-
-
-class _OtherVersion(BrokerRefused):
-    """The broker does not speak this version of MQTT."""
-
-
-class _Connection:
-    """One connection from the TCP handshake to its end, owned by one thread."""
-
-    def __init__(self, setup: Setup, shared: Shared, protocol: ProtocolName) -> None:
-        self._setup, self._shared = setup, shared
-        self.greeting = Greeting(protocol)
-        self.reason = ""
-        self.closed_by_broker = False
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(shared.alarm.bell, selectors.EVENT_READ)
-        self._watched = 0
-        self._backlog = False
-        self._connack: tuple[ReasonCode, Properties] | None = None
-        self._awaited_mid: int | None = None
-        self._vigil = Vigil(setup.keepalive_s, time.monotonic())
-        self._client = self._make_client(protocol)
-
-    def _make_client(self, protocol: ProtocolName) -> _Client:
-        client = _Client(self._setup, self._shared, protocol)
-        address = self._setup.address
-        if address.username is not None:
-            client.username_pw_set(address.username, address.password)
-        if self._setup.tls is not None:
-            client.tls_set_context(self._setup.tls)
-        if self._setup.will is not None:
-            topic, payload = self._setup.will
-            client.will_set(topic, payload, qos=1, retain=True)
-        client.on_connect = guarded(self._on_connect)
-        client.on_disconnect = guarded(self._on_disconnect)
-        client.on_message = guarded(self._on_message)
-        client.on_publish = guarded(self._on_publish)
-        client.on_subscribe = guarded(self._on_subscribe)
-        return client
-
-    @property
-    def alive(self) -> bool:
-        """Whether the socket is still open."""
-        return self._client.socket() is not None
-
-    def greet(self, limit_s: float) -> None:
-        """Connect and wait for CONNACK; on any failure close, and raise what was seen."""
-        try:
-            self._open(limit_s)
-            deadline_s = time.monotonic() + limit_s
-            while self.alive and self._connack is None:
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or self._shared.closing.is_set():
-                    self.abort(f"no answer in {limit_s:.1f} s")
-                    break
-                self.step(left_s)
-            self._judge_greeting()
-        except LinkError:
-            self.close()
-            raise
-        except Exception as error:  # a hostile answer may break the parser anywhere
-            self.close()
-            raise BrokerUnreachable(no_broker(self._setup.address, repr(error))) from error
-
-    def _open(self, limit_s: float) -> None:
-        address, client = self._setup.address, self._client
-        client.connect_timeout = min(TCP_LIMIT_S, limit_s)
-        properties = None
-        if self.greeting.protocol == "5":
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.MaximumPacketSize = MAX_PACKET_BYTES
-        announced_s = self._setup.keepalive_s + KEEPALIVE_GRACE_S
-        try:
-            client.connect(address.host, address.port, announced_s, properties=properties)
-        except (OSError, ValueError) as error:  # ValueError: a name that cannot be a host's
-            raise explain(address, error) from error
-        tune(client.socket())
-
-    def _judge_greeting(self) -> None:
-        if self._connack is None:
-            kind = BrokerUnreachable if self._client.opening else _Silent
-            raise kind(no_broker(self._setup.address, self._client.ending or self.reason))
-        reason, properties = self._connack
-        if reason.is_failure:
-            refused = _OtherVersion if reason.value == _UNSUPPORTED_VERSION else BrokerRefused
-            raise refused(refusal(self._setup, str(reason), reason.value))
-        self._accept_terms(properties)
-
-    def _accept_terms(self, properties: Properties) -> None:
-        terms = vars(properties)
-        self.greeting = Greeting(self.greeting.protocol, terms.get("MaximumPacketSize"))
-        self._client.limit_inflight(min(INFLIGHT_MAX, terms.get("ReceiveMaximum", INFLIGHT_MAX)))
-        keepalive_s = self._setup.keepalive_s
-        if prescribed_s := terms.get("ServerKeepAlive"):
-            keepalive_s = min(keepalive_s, max(1, prescribed_s - KEEPALIVE_GRACE_S))
-        self._vigil = Vigil(keepalive_s, time.monotonic())
-
-    def subscribe(self, topic_filters: tuple[str, ...]) -> int | None:
-        """Queue one SUBSCRIBE for all of these; its packet id."""
-        return self._client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])[1]
-
-    def publish(self, topic: str, payload: bytes, retain: bool) -> bool:
-        """Queue one PUBLISH at QoS 1."""
-        window = self._shared.window
-        window.reserve(len(payload), time.monotonic())
-        info = self._client.publish(topic, payload, qos=1, retain=retain)
-        if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
-            window.cancel(len(payload))
-            return False
-        window.name(info.mid, len(payload))
-        return True
-
-    def subscribe_and_wait(self, topic_filters: tuple[str, ...]) -> None:
-        """Subscribe, and serve until the answer is here, the connection ends or time is up."""
-        self._awaited_mid = self.subscribe(topic_filters) if topic_filters else None
-        deadline_s = time.monotonic() + ANSWER_LIMIT_S
-        while self.alive and self._awaited_mid is not None and not self._shared.closing.is_set():
-            self.step(deadline_s - time.monotonic())
-            if time.monotonic() >= deadline_s:
-                self.abort(f"no answer to a subscription in {ANSWER_LIMIT_S:.0f} s")
-
-    def step(self, limit_s: float | None = None) -> None:
-        """Wait for the socket, the alarm or the next deadline, then move bytes."""
-        client, shared = self._client, self._shared
-        sock = client.socket()
-        if not isinstance(sock, socket.socket):
-            return
-        buffered = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
-        self._watch(sock)
-        ready = self._selector.select(0 if buffered else max(0.0, self._patience_s(limit_s)))
-        shared.alarm.silence()
-        sent_bytes, received_bytes = shared.sent_bytes, shared.received_bytes
-        if buffered or any(key.fileobj is sock for key, _ in ready):
-            client.loop_read()
-        if client.want_write():
-            client.loop_write()
-        now_s = time.monotonic()
-        wrote = shared.sent_bytes > sent_bytes
-        if wrote:
-            self._vigil.sent(now_s)
-        if shared.received_bytes > received_bytes or (wrote and self._backlog):
-            self._vigil.heard(now_s)
-        self._backlog = client.want_write()
-        if not self.alive:
-            self.reason = self.reason or client.ending or "the broker broke the rules of MQTT"
-            self.closed_by_broker = self.closed_by_broker or client.orderly
-
-    def _watch(self, sock: socket.socket) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
-        if self._watched == 0:
-            self._selector.register(sock, events)
-        elif self._watched != events:
-            self._selector.modify(sock, events)
-        self._watched = events
-
-    def _patience_s(self, limit_s: float | None) -> float:
-        if limit_s is not None:
-            return limit_s
-        now_s = time.monotonic()
-        dead_in_s = self._vigil.dead_in_s(now_s)
-        # A backlog is traffic enough; a ping would only queue behind it.
-        return dead_in_s if self._backlog else min(dead_in_s, self._vigil.ping_in_s(now_s))
-
-    def check_alive(self) -> None:
-        """Ping when it is time, and end a connection nothing comes through any more."""
-        now_s = time.monotonic()
-        if self._vigil.dead_in_s(now_s) == 0:
-            self.abort(f"no sign of life from the broker for {self._vigil.dead_after_s:.0f} s")
-        elif self._shared.window.overdue(now_s):
-            self.abort(f"the broker acknowledged nothing for {ACK_LIMIT_S:.0f} s")
-        elif not self._backlog and self._vigil.ping_in_s(now_s) == 0:
-            self._vigil.asked()
-            self._client.ping()
-
-    def say_goodbye(self) -> None:
-        """Send what is queued and DISCONNECT, as far as that goes in a short time."""
-        self._client.disconnect()
-        deadline_s = time.monotonic() + CLOSE_LIMIT_S
-        while self.alive and time.monotonic() < deadline_s:
-            self.step(deadline_s - time.monotonic())
-        self.close()
-
-    def abort(self, reason: str) -> None:
-        """End the connection without a goodbye, and remember why."""
-        self.reason = self.reason or reason
-        self._client.drop()
-
-    def close(self) -> None:
-        """Give sockets back; no further call is allowed."""
-        self._client.drop()
-        self._selector.close()
-
-    def _on_connect(self, _: object, reason: ReasonCode, properties: Properties) -> None:
-        self._connack = (reason, properties)
-
-    def _on_disconnect(self, flags: paho.DisconnectFlags, reason: ReasonCode, _: object) -> None:
-        if flags.is_disconnect_packet_from_server:
-            self.reason = self.reason or f"the broker ended the connection: {reason}"
-            self.closed_by_broker = reason.value == _SESSION_TAKEN_OVER
-
-    def _on_message(self, message: paho.MQTTMessage) -> None:
-        self._shared.deliver(message.topic, bytes(message.payload))
-
-    def _on_publish(self, mid: int, reason: ReasonCode, _: object) -> None:
-        self._shared.window.acknowledge(mid, time.monotonic())
-        if reason.is_failure:
-            _log.warning("%s: the broker refused a message: %s", self._setup.client_id, reason)
-
-    def _on_subscribe(self, mid: int, reasons: list[ReasonCode], _: object) -> None:
-        if mid == self._awaited_mid:
-            self._awaited_mid = None
-        for reason in reasons:
-            if reason.is_failure:
-                _log.warning("%s: subscription refused: %s", self._setup.client_id, reason)
-
-
-def _negotiate(
-    make: Callable[[ProtocolName], _Connection], known: ProtocolName | None, limit_s: float
-) -> _Connection:
-    """A greeted connection: MQTT 5 unless 3.1.1 is known, 3.1.1 where 5 gets no for an answer."""
-    deadline_s = time.monotonic() + limit_s
-    if known != "3.1.1":
-        connection = make("5")
-        try:
-            connection.greet(limit_s if known else min(TRY_NEWEST_S, limit_s / 2))
-        except _OtherVersion:
-            pass
-        except _Silent:
-            if known:
-                raise
-        else:
-            return connection
-    connection = make("3.1.1")
-    connection.greet(max(0.1, deadline_s - time.monotonic()))
-    return connection

@@ -190,8 +190,12 @@ class BlockCache:
         """Whether the block is here."""
         return self.path(sha256).is_file()
 
+    def stem(self, sha256: str) -> Path:
+        """Name, without an ending, of the files of a block that is being fetched."""
+        return self._directory / check_sha256(sha256)
+
     def put(self, sha256: str, payload: Data) -> Path:
-        """Store a fetched block; not durably, for the server still has it and flash wears out."""
+        """Store a block; not durably, for the server still has it and flash wears out."""
         write_atomically(self.path(sha256), payload, durable=False)
         return self.path(sha256)
 

@@ -1,7 +1,8 @@
 """The protocol: every topic, message, field, limit and version number, spelled only here.
 
 Theory of operation. One job lives under ``edge/v1/<job>``. A device speaks on ``u/<device>`` and
-listens on ``d/<device>``; the server keeps a small retained ``head`` that says which incarnation
+listens on ``d/<device>``; the pieces of its updates go to ``x/<device>``, apart, so that no control
+message queues behind them. The server keeps a small retained ``head`` that says which incarnation
 of it is alive, so that devices greet again after it died; ``p/<device>`` is the device's retained
 presence, with a last will. Nothing is known from an MQTT acknowledgement: a device repeats Hello
 until Welcome, Open until Want or Receipt, Want until the pieces arrived.
@@ -14,7 +15,12 @@ piece is a fixed header and raw bytes.
 
 Transfers are driven by the receiver, both ways: it names the content by SHA-256 and the ranges of
 pieces it wants next, the sender sends exactly these. Resuming, flow control and repair are the
-same message.
+same message; a Want without ranges says: known, but wait until you are asked.
+
+Blocks of a version lie retained under ``m/<slot>/<block>/<piece>``, where the broker keeps retained
+messages well, so that the server sends each block once whatever the number of devices. A block has
+two slots: a new version goes into the one that the version before it does not use, and offers name
+it only after it is there. What a device still lacks after that it asks for like everything else.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from edge_sdk.blocks import MAX_BLOCKS, Name
 from edge_sdk.errors import ConfigError, MalformedMessage
 
 WIRE_MAJOR = 1
-WIRE_MINOR = 0
+WIRE_MINOR = 1
 MAGIC = b"ed"
 
 # 60 KiB of data, its header and the topic stay under 64 KiB, which every broker known accepts.
@@ -65,12 +71,16 @@ Presence_ = Literal["ready", "training", "sleeping", "lost"]
 
 
 class BlockEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One block of a version: its address and what fetching and holding it costs."""
+    """One block of a version: its address and what fetching and holding it costs.
+
+    slot: where its pieces lie retained; -1: nowhere, they have to be asked for.
+    """
 
     name: Name
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_TRANSFER_BYTES)]
     raw_bytes: Annotated[int, Meta(ge=0, le=MAX_TRANSFER_BYTES)]
+    slot: Annotated[int, Meta(ge=-1, le=1)] = -1
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +142,7 @@ class Decline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Want(msgspec.Struct, frozen=True, kw_only=True):
-    """Receiver: send me these pieces (first, stop) of the content with this hash."""
+    """Receiver: send me these pieces (first, stop) of the content with this hash; none: wait."""
 
     TYPE: ClassVar[int] = 5
     sha256: Sha256
@@ -141,13 +151,17 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):
-    """Device: an update of this size and hash lies in my spool. Repeated until Want or Receipt."""
+    """Device: an update of this size and hash lies in my spool. Repeated until Want or Receipt.
+
+    piece_bytes: the largest piece that my link to the broker takes.
+    """
 
     TYPE: ClassVar[int] = 6
     round: Round
     ticket: Ticket
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_TRANSFER_BYTES)]
+    piece_bytes: Annotated[int, Meta(ge=256, le=MAX_PIECE_BYTES)] = DEFAULT_PIECE_BYTES
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,12 +194,16 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """Server, retained: which incarnation is alive and where the job stands."""
+    """Server, retained: which incarnation is alive and where the job stands.
+
+    layout: names what lies in which slot; it is said after all of it is there.
+    """
 
     TYPE: ClassVar[int] = 10
     boot: Label
     version: Round
     state: Literal["running", "done"]
+    layout: Label = ""
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):
@@ -264,12 +282,22 @@ class Topics:
     def __init__(self, job: str) -> None:
         self.root = f"edge/v{WIRE_MAJOR}/{_topic_name('job', job)}"
         self.head = f"{self.root}/head"
+        self.echo = f"{self.root}/echo"
         self.all_up = f"{self.root}/u/+"
+        self.all_data = f"{self.root}/x/+"
         self.all_presence = f"{self.root}/p/+"
 
     def up(self, device: str) -> str:
         """Where ``device`` speaks."""
         return f"{self.root}/u/{_topic_name('device', device)}"
+
+    def data(self, device: str) -> str:
+        """Where ``device`` sends the pieces of its updates."""
+        return f"{self.root}/x/{_topic_name('device', device)}"
+
+    def retained(self, slot: int, block: int, piece: int | Literal["+"]) -> str:
+        """Where a piece of the block with this number lies; "+" is the filter for all of them."""
+        return f"{self.root}/m/{slot}/{block}/{piece}"
 
     def down(self, device: str) -> str:
         """Where ``device`` listens."""

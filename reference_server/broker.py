@@ -62,6 +62,7 @@ class ExternalBroker:
     url: str
     kind: str = "external"
     version: str = "unknown"
+    limits: str = "generic"
     pid: int | None = None
 
     def check(self) -> None:
@@ -110,6 +111,11 @@ class BrokerProcess:
             )
         self.port = port or _free_port(bind)
         self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def limits(self) -> str:
+        """Name of its profile in ``edge_sdk.brokers``."""
+        return self.kind
 
     @property
     def url(self) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_sdk import __version__
+from edge_sdk.brokers import BROKERS
 from edge_sdk.errors import ConfigError, EdgeError, LinkError, PeerError, ProtocolMisuse
 from edge_sdk.wire import DEVICE_ID
 from reference_server.screen import Screen, printable, round_line, summary
@@ -64,6 +65,11 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
             default="auto",
             show_default=True,
             help="auto, mosquitto, embedded, or mqtt(s)://host:port of your own.",
+        ),
+        click.option(
+            "--broker-profile",
+            type=click.Choice(sorted(BROKERS)),
+            help="Limits of a broker of your own.  [that of the broker, else generic]",
         ),
         click.option(
             "--round-s",
@@ -156,7 +162,7 @@ def run(**options: Any) -> None:
 def _run(
     *, task_path: Path, job: str | None, min_devices: int, quorum: int, port: int, bind: str,
     events: bool, json_path: Path | None, state_dir: Path | None, broker: str,
-    **terms: Any,
+    broker_profile: str | None, **terms: Any,
 ) -> None:  # fmt: skip
     from edge_sdk.task import check_task_file
     from reference_server import broker as brokers
@@ -185,7 +191,8 @@ def _run(
         settings = ServerSettings(
             url=server_broker.url, job=name, task_path=task_path, state_dir=home,
             min_devices=min_devices, policy=policy, broker=facts, report=report,
-            look_after=server_broker.ensure_running, **terms,
+            look_after=server_broker.ensure_running,
+            broker_profile=broker_profile or server_broker.limits, **terms,
         )  # fmt: skip
         coordinator = Coordinator(settings, ledger)
         try:

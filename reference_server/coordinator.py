@@ -13,23 +13,19 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from edge_sdk.brokers import broker_profile
 from edge_sdk.errors import MalformedMessage, PeerError, Refused, StateError
 from edge_sdk.link import Arrived, LinkDown, LinkUp, TakenOver
-from edge_sdk.mqtt import Link
-from edge_sdk.pieces import piece_range
 from edge_sdk.process import process_cpu_s, process_peak_bytes
 from edge_sdk.strategies import strategy_named
 from edge_sdk.wire import (
-    DEFAULT_PIECE_BYTES,
     Decline,
-    Head,
     Hello,
     Offer,
     Open,
@@ -38,16 +34,15 @@ from edge_sdk.wire import (
     Receipt,
     Refusal,
     Tally,
-    Topics,
     Want,
     Welcome,
     decode,
-    encode,
-    encode_piece,
 )
 from reference_server import fleet as fleets
+from reference_server.counting import Counted, Counting, CountingFailed, RoundTerms
+from reference_server.downlink import Downlink
 from reference_server.evaluate import Evaluator
-from reference_server.ingest import Ingest, RoundTerms
+from reference_server.ingest import Ingest
 from reference_server.ledger import Answers, Ledger, RoundRow
 from reference_server.merging import merge_round
 from reference_server.report import ROW_KEYS, RunReport
@@ -63,8 +58,6 @@ from reference_server.rounds import (
 from reference_server.trust import Tickets
 from reference_server.versions import Manifest, VersionStore
 
-# One answer to a Want: what a device may keep under way, whatever it asks for.
-MAX_PIECES_PER_WANT = 64
 MAX_ABANDONED_IN_A_ROW = 3
 TALLY_WAIT_S = 5.0
 
@@ -89,6 +82,7 @@ class ServerSettings:
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     threads: int = 1
     broker: Mapping[str, str] = field(default_factory=dict)
+    broker_profile: str = "generic"
     report: Callable[[Event], None] = field(default=lambda event: None)
     look_after: Callable[[], Any] = field(default=lambda: None)
 
@@ -101,7 +95,6 @@ class Coordinator:
         self._started_s = time.monotonic()
         self._strategy = strategy_named(settings.strategy)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._topics = Topics(settings.job)
         self._rng = random.Random()
         self._boot = secrets.token_hex(8)
         self._ledger = ledger
@@ -114,7 +107,16 @@ class Coordinator:
         spec = self._evaluator.spec
         self._tickets = tickets
         self._fleet = fleets.Fleet(spec.digest())
-        self._ingest = Ingest(settings.job, spec, self._strategy, self._ledger, tickets, self._rng)
+        self._counting = Counting(settings.job, spec, self._strategy, ledger, self._inbox.put)
+        self._ingest = Ingest(
+            settings.job,
+            spec,
+            ledger,
+            tickets,
+            settings.state_dir / "incoming",
+            self._counting.put,
+            self._rng,
+        )
         self._row: RoundRow | None = None
         self._known_answers: Answers | None = None
         self._opened_at_s = self._last_answer_s = 0.0
@@ -128,7 +130,16 @@ class Coordinator:
         facts = {"strategy": settings.strategy, "task": name, "seed": settings.seed}
         facts |= {"broker": settings.broker} if settings.broker else {}
         self._report = RunReport(settings.state_dir / "report.json", facts, spec)
-        self._link = Link(settings.url, f"server-{settings.job}"[:64], self._inbox, rng=self._rng)
+        self._down = Downlink(
+            settings.url,
+            settings.job,
+            self._inbox,
+            self._versions,
+            settings.state_dir,
+            broker_profile(settings.broker_profile),
+            self._rng,
+            self._boot,
+        )
 
     def finished_before(self) -> dict[str, Any] | None:
         """The report of a job that an earlier start has finished; None: there is work to do."""
@@ -139,11 +150,10 @@ class Coordinator:
 
     def run(self) -> dict[str, Any]:
         """Run the job to its last round; returns the report."""
-        self._link.subscribe(self._topics.all_up)
-        self._link.subscribe(self._topics.all_presence)
-        self._link.start()
+        self._down.start()
         try:
             self._manifest = self._first_version()
+            self._down.place(self._manifest)
             self._resume()
             while not self._finished():
                 self._handle(self._next())
@@ -156,7 +166,8 @@ class Coordinator:
 
     def close(self) -> None:
         """Leave the broker; may be called twice."""
-        self._link.close()
+        self._counting.close()
+        self._down.close()
 
     # -- start ------------------------------------------------------------------------------
 
@@ -234,8 +245,9 @@ class Coordinator:
         deciding = self._row is not None and self._row.phase is Phase.OPEN
         due = [self._decision().until_s if deciding else now_s + 1.0]
         asked_s = self._ingest.next_due_s()
-        if asked_s is not None:
-            due.append(asked_s)
+        pause_s = self._down.due_in_s()
+        due += [] if asked_s is None else [asked_s]
+        due += [] if pause_s is None else [now_s + pause_s]
         try:
             return self._inbox.get(timeout=max(0.0, min(due) - now_s))
         except queue.Empty:
@@ -248,8 +260,13 @@ class Coordinator:
             except PeerError as error:
                 self._dropped += 1
                 log.warning("dropped a message on %s: %s", event.topic, error)
+        elif isinstance(event, Counted):
+            now_s = time.monotonic()
+            self._answer(event.arrival.device, self._ingest.counted(event, now_s), now_s)
+        elif isinstance(event, CountingFailed):
+            raise event.error
         elif isinstance(event, LinkUp):
-            self._announce("running")
+            self._connected()
             self._say({"event": "link", "protocol": event.protocol})
         elif isinstance(event, LinkDown):
             log.warning("link to the broker is down: %s", event.reason)
@@ -260,16 +277,23 @@ class Coordinator:
                 "has one server: stop the other one, or use another --job"
             )
 
+    def _connected(self) -> None:
+        self._down.reconnected()
+        if self._ingest.terms is not None:
+            self._ingest.terms = replace(self._ingest.terms, piece_bytes=self._down.piece_bytes)
+
     def _arrived(self, event: Arrived) -> None:
-        device = self._topics.device_of(event.topic)
+        if self._down.heard_itself(event):
+            return
+        device = self._down.topics.device_of(event.topic)
         now_s = time.monotonic()
-        if event.topic == self._topics.presence(device):
+        if event.topic == self._down.topics.presence(device):
             self._presence(device, event.payload, now_s)
             return
         try:
             message = decode(event.payload)
         except MalformedMessage as error:
-            self._to(device, Refusal(reason=str(error)))
+            self._down.say(device, Refusal(reason=str(error)))
             raise
         self._fleet.heard(device, now_s)
         handler = _HANDLERS.get(type(message))
@@ -287,19 +311,10 @@ class Coordinator:
         if self._fleet.presence(device, state, message.session, now_s):
             self._say({"event": "presence", "device": device, "state": message.state})
 
-    def _to(self, device: str, message: Any) -> None:
-        self._link.publish(self._topics.down(device), encode(message))
-
-    def _announce(self, state: Literal["running", "done"]) -> None:
-        head = Head(boot=self._boot, version=self._manifest.version, state=state)
-        self._link.publish(self._topics.head, encode(head), retain=True)
-
     def _repeat(self) -> None:
-        now_s = time.monotonic()
-        for device in self._ingest.due(now_s):
-            want = self._ingest.ask(device, now_s)
-            if want is not None:
-                self._to(device, want)
+        for device, want in self._ingest.due(time.monotonic()):
+            self._down.say(device, want)
+        self._down.tend()
 
     # -- what devices say -------------------------------------------------------------------
 
@@ -307,9 +322,9 @@ class Coordinator:
         try:
             self._fleet.hello(device, message, now_s)
         except Refused as error:
-            self._to(device, Refusal(reason=str(error)))
+            self._down.say(device, Refusal(reason=str(error)))
             raise
-        self._to(device, Welcome(boot=self._boot, session=message.session))
+        self._down.say(device, Welcome(boot=self._boot, session=message.session))
         self._say({"event": "device", "device": device, "profile": message.profile})
         if self._row is not None and self._row.phase is Phase.OPEN:
             answers = self._answers(self._row)
@@ -320,13 +335,8 @@ class Coordinator:
         entry = next((e for e in self._manifest.blocks if e.sha256 == want.sha256), None)
         if entry is None:
             raise MalformedMessage(f"{device} wants {want.sha256}, no block of the latest version")
-        total = -(-entry.size_bytes // want.piece_bytes)
-        wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
-        for index in islice(wanted, MAX_PIECES_PER_WANT):
-            start, stop = piece_range(index, entry.size_bytes, want.piece_bytes)
-            data = self._versions.read_piece(want.sha256, start, stop - start)
-            payload = encode_piece(want.sha256, index, total, data)
-            self._link.publish(self._topics.down(device), payload)
+        if not self._down.serve(device, entry, want):
+            self._offer([device])  # the broker takes less than when it was offered
 
     def _open(self, device: str, message: Open, now_s: float) -> None:
         answer = self._ingest.open(device, message, now_s)
@@ -340,7 +350,7 @@ class Coordinator:
     def _answer(self, device: str, answer: Receipt | Want | None, now_s: float) -> None:
         if answer is None:
             return
-        self._to(device, answer)
+        self._down.say(device, answer)
         if isinstance(answer, Receipt):
             self._known_answers, self._last_answer_s = None, now_s
             self._report.answered(answer.round, device)
@@ -415,7 +425,7 @@ class Coordinator:
         """Open the next round once enough devices are here."""
         now_s = time.monotonic()
         job, manifest = self._settings.job, self._manifest
-        if manifest.version >= self._settings.rounds or not self._link.connected:
+        if manifest.version >= self._settings.rounds or not self._down.ready:
             return
         number = self._row.round if self._row is not None else -1
         ready = self._fleet.eligible(number, now_s)
@@ -449,7 +459,7 @@ class Coordinator:
             base_sha=row.base_sha,
             codec=self._settings.codec,
             open_blocks=self._evaluator.spec.names,
-            piece_bytes=DEFAULT_PIECE_BYTES,
+            piece_bytes=self._down.piece_bytes,
         )
 
     def _offer(self, devices: list[str]) -> None:
@@ -460,14 +470,14 @@ class Coordinator:
         self._known_answers = None
         for device in devices:
             self._fleet.offered(device, row.round)
-            self._to(
+            self._down.say(
                 device,
                 Offer(
                     round=row.round,
                     ticket=self._tickets.issue(self._settings.job, row.round, device, row.base_sha),
                     version=self._manifest.version,
                     base_sha=row.base_sha,
-                    blocks=self._manifest.blocks,
+                    blocks=self._down.blocks(),
                     strategy=self._settings.strategy,
                     open_blocks=terms.open_blocks,
                     codec=terms.codec,
@@ -506,7 +516,7 @@ class Coordinator:
         self._manifest, self._row, self._abandoned = manifest, None, 0
         self._idle_since_s = time.monotonic()
         wall_s = self._idle_since_s - self._opened_at_s
-        self._announce("running")
+        self._down.place(manifest)
         self._look_at_round()
         self._hear_out()
         self._conclude(row.round, coverage, wall_s)
@@ -551,13 +561,13 @@ class Coordinator:
         until_s = time.monotonic() + TALLY_WAIT_S
         # A server that was killed here, and started again, has yet to reach its broker.
         while time.monotonic() < until_s and (
-            self._report.missing_tallies() or not self._link.connected
+            self._report.missing_tallies() or not self._down.connected
         ):
             try:
                 self._handle(self._inbox.get(timeout=max(0.0, until_s - time.monotonic())))
             except queue.Empty:
                 break
-        self._announce("done")
+        self._down.finish()
         files = self._export()
         checks = self._ledger.audit(self._settings.job)
         peak = process_peak_bytes()

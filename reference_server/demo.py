@@ -57,6 +57,7 @@ class DemoSettings:
     deadline_s: float
     seed: int = 0
     broker: str = "auto"
+    broker_profile: str | None = None
 
 
 def shipped_task() -> Path:
@@ -184,6 +185,7 @@ class _Demo:
         command = [
             *(sys.executable, "-m", "reference_server", "run", "--events"),
             *("--task", str(mine.task_path), "--broker", self._broker.url, "--job", mine.job),
+            *("--broker-profile", mine.broker_profile or self._broker.limits),
             *("--state", str(mine.state_dir / "server"), "--strategy", mine.strategy),
             *("--codec", mine.codec, "--rounds", str(mine.rounds), "--seed", str(mine.seed)),
             *("--devices", str(len(mine.profiles)), "--round-s", str(mine.round_s)),

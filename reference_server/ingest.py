@@ -1,127 +1,204 @@
-"""One update from its first piece to its receipt: check, decode, fold, commit, answer.
+"""Updates on their way here: who may send, how much at a time, and where the pieces lie.
 
-Everything is bounded before it is parsed: the ticket and the size are checked when the transfer is
-opened, names, codec and lengths against the offer before a byte is decompressed. The verdict is
-in the ledger, in the transaction that folded the update, before anybody hears of it.
+Everything is bounded before it is kept: the ticket and the size are checked when a transfer is
+opened, pieces go to the disk at once, and what all devices together may have under way is divided
+among those that send. Further ones hear that they are known, and are asked when it is their turn.
+What is complete goes to ``counting``; its verdict is in the ledger before anybody hears of it.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import msgspec
+from pathlib import Path
 
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.codec import max_change_bytes
-from edge_sdk.errors import PeerError, WrongUpdate
-from edge_sdk.merge import BlockSum
-from edge_sdk.pieces import Incoming
-from edge_sdk.strategies import Strategy
-from edge_sdk.wire import (
-    MAX_UPDATE_HEADER_BYTES,
-    Open,
-    Piece,
-    Receipt,
-    UpdateHeader,
-    Verdict,
-    Want,
-    decode_update,
-)
+from edge_sdk.errors import StateError
+from edge_sdk.parts import Incoming, sweep_parts
+from edge_sdk.store import make_directory
+from edge_sdk.wire import MAX_UPDATE_HEADER_BYTES, Open, Piece, Receipt, Verdict, Want
+from reference_server.counting import Arrival, Counted, RoundTerms
 from reference_server.ledger import Answer, Ledger, Upload
 from reference_server.trust import Tickets
 
-WINDOW_PIECES = 16
-# Updates under way, all devices together; further ones wait for credit, nothing is lost by that.
-MAX_INCOMING_BYTES = 256 << 20
+# Pieces asked for and not here yet, all devices together: what the broker and our queue hold, and
+# enough to keep a gigabit link busy. Each sender has at least two, or it would stop and go.
+OUTSTANDING_BYTES = 8 << 20
+WINDOW_PIECES, LEAST_WINDOW_PIECES = 16, 2
+# Those who are asked at the same time: with the least window this is 32 MiB at 60 KiB a piece.
+MAX_ACTIVE = 256
+# On the disk, all devices of a round together; further ones wait until others were counted.
+MAX_INCOMING_BYTES = 16 << 30
+# Asked so often in vain, about twenty seconds, a sender goes to the end of the queue.
+MAX_SILENT_TRIES = 4
+
+log = logging.getLogger("reference_server")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundTerms:
-    """What an update of the open round must match."""
+@dataclass(slots=True)
+class _Transfer:
+    """One device's update of the open round."""
 
-    round: int
-    base_sha: str
-    codec: str
-    open_blocks: tuple[str, ...]
-    piece_bytes: int
+    message: Open
+    incoming: Incoming
+    counting: bool = False
 
 
 class Ingest:
-    """Assembles and counts the updates of one job."""
+    """Receives the updates of one job. All calls come from one thread."""
 
     def __init__(
         self,
         job: str,
         spec: ModelSpec,
-        strategy: Strategy,
         ledger: Ledger,
         tickets: Tickets,
+        directory: Path,
+        put: Callable[[Arrival], None],
         rng: random.Random,
     ) -> None:
-        self._job, self._spec, self._strategy = job, spec, strategy
-        self._ledger, self._tickets, self._rng = ledger, tickets, rng
-        self._incoming: dict[str, tuple[Open, Incoming]] = {}
+        """``put`` takes what is complete; the pieces lie in ``directory``."""
+        self._job, self._spec, self._ledger, self._tickets = job, spec, ledger, tickets
+        self._directory, self._put, self._rng = make_directory(directory), put, rng
+        self._transfers: dict[str, _Transfer] = {}
+        # Devices that are asked for pieces, and those that wait for it, in the order they came.
+        self._active: dict[str, None] = {}
+        self._waiting: dict[str, None] = {}
+        self._held_bytes = 0
         self.terms: RoundTerms | None = None
 
-    def open(self, device: str, message: Open, now_s: float) -> Receipt | Want | None:
+    def open(self, device: str, message: Open, now_s: float) -> Receipt | Want:
         """Answer an announced update: its stored verdict, a refusal, or what to send first."""
         stored = self._ledger.verdict_of(self._job, message.round, device)
         if stored is not None:
-            return _receipt(message, stored)
+            return receipt_of(message, stored)
         fault = self._fault(device, message)
         if fault is not None:
             return self._judge(device, message, *fault)
-        known = self._incoming.get(device)
-        if known is None or known[0].sha256 != message.sha256:
-            if self._held_bytes(device) + message.size_bytes > MAX_INCOMING_BYTES:
-                return None
-            assert self.terms is not None
-            incoming = Incoming(
-                message.sha256, message.size_bytes, self.terms.piece_bytes, WINDOW_PIECES, self._rng
-            )
-            self._incoming[device] = (message, incoming)
-        return self.ask(device, now_s)
+        transfer = self._transfer(device, message)
+        if transfer is None or transfer.counting:
+            return _wait(message)
+        transfer.incoming.forget_asked()  # who opens anew may have lost all that was asked for
+        if transfer.incoming.complete:  # all of it came in an earlier life of ours
+            return self._completed(device, transfer)
+        self._enqueue(device)
+        return (self._ask(device, now_s) if device in self._active else None) or _wait(message)
 
-    def piece(self, device: str, piece: Piece, now_s: float) -> Receipt | Want | None:
-        """Place a piece; the receipt when it was the last one.
-
-        PeerError when it fits nowhere, or when all pieces together do not have the announced hash:
-        then nothing is judged, the device opens the transfer again.
-        """
-        if device not in self._incoming:
+    def piece(self, device: str, piece: Piece, now_s: float) -> Want | None:
+        """Place a piece, and say what to send next; MalformedMessage when it fits nowhere."""
+        transfer = self._transfers.get(device)
+        if transfer is None or transfer.counting:
             return None
-        message, incoming = self._incoming[device]
-        incoming.take(piece.transfer, piece.index, piece.data)
-        if not incoming.complete:
-            return self.ask(device, now_s)
-        del self._incoming[device]
-        incoming.verify()
-        return self._count(device, message, incoming)
+        try:
+            transfer.incoming.take(piece.transfer, piece.index, piece.data)
+        except StateError as error:  # a full disk, say: asked for again, later and later
+            log.error("a piece of %s is not kept: %s", device, error)
+            return None
+        if transfer.incoming.complete:
+            self._completed(device, transfer)
+            return None
+        return self._ask(device, now_s) if device in self._active else None
 
-    def ask(self, device: str, now_s: float) -> Want | None:
-        """What to ask a device for now, if anything."""
-        _, incoming = self._incoming[device]
-        ranges = incoming.want(now_s)
+    def counted(self, counted: Counted, now_s: float) -> Receipt | Want:
+        """What to tell a device whose update was counted, or has to be sent again."""
+        arrival = counted.arrival
+        arrival.incoming.discard()
+        transfer = self._transfers.get(arrival.device)
+        if transfer is not None and transfer.incoming is arrival.incoming:
+            self._drop(arrival.device)
+        if counted.answer is None:
+            return self.open(arrival.device, arrival.message, now_s)
+        return receipt_of(arrival.message, counted.answer)
+
+    def due(self, now_s: float) -> Iterator[tuple[str, Want]]:
+        """Yield whom to ask for what now: those whose pieces are overdue, and whose turn it is."""
+        for device in [d for d in self._active if now_s >= self._incoming(d).deadline_s]:
+            if self._incoming(device).silent_tries >= MAX_SILENT_TRIES and self._waiting:
+                del self._active[device]
+                self._waiting[device] = None
+            elif want := self._ask(device, now_s):
+                yield device, want
+        while self._waiting and len(self._active) < MAX_ACTIVE:
+            device = next(iter(self._waiting))
+            del self._waiting[device]
+            self._active[device] = None
+            self._incoming(device).forget_asked()
+            if want := self._ask(device, now_s):
+                yield device, want
+
+    def next_due_s(self) -> float | None:
+        """When to look again."""
+        return min((self._incoming(device).deadline_s for device in self._active), default=None)
+
+    def forget(self) -> None:
+        """A round ended: drop what is still on its way; its devices ask again and hear 'late'."""
+        counting = [t.incoming.stem for t in self._transfers.values() if t.counting]
+        for device in list(self._transfers):
+            self._drop(device)
+        sweep_parts(self._directory, keep=counting)
+
+    def _incoming(self, device: str) -> Incoming:
+        return self._transfers[device].incoming
+
+    def _transfer(self, device: str, message: Open) -> _Transfer | None:
+        """The transfer an Open is about, in place of an earlier one; None: no room on the disk."""
+        assert self.terms is not None
+        piece_bytes = min(message.piece_bytes, self.terms.piece_bytes)
+        known = self._transfers.get(device)
+        if known is not None:
+            same = (known.message.sha256, known.incoming.piece_bytes) == (
+                message.sha256,
+                piece_bytes,
+            )
+            if known.counting or same:
+                return known
+            self._drop(device)
+        if self._held_bytes + message.size_bytes > MAX_INCOMING_BYTES:
+            return None
+        stem = self._directory / f"{device}.{message.round}"
+        incoming = Incoming(stem, message.sha256, message.size_bytes, piece_bytes, self._rng)
+        self._transfers[device] = _Transfer(message, incoming)
+        self._held_bytes += message.size_bytes
+        return self._transfers[device]
+
+    def _drop(self, device: str) -> None:
+        self._held_bytes -= self._transfers.pop(device).message.size_bytes
+        self._active.pop(device, None)
+        self._waiting.pop(device, None)
+
+    def _enqueue(self, device: str) -> None:
+        if device in self._active or device in self._waiting:
+            return
+        if len(self._active) < MAX_ACTIVE:
+            self._active[device] = None
+        else:
+            self._waiting[device] = None
+
+    def _ask(self, device: str, now_s: float) -> Want | None:
+        incoming = self._incoming(device)
+        share = OUTSTANDING_BYTES // (incoming.piece_bytes * len(self._active))
+        window = max(LEAST_WINDOW_PIECES, min(WINDOW_PIECES, share))
+        ranges = incoming.want(now_s, window)
         if not ranges:
             return None
         return Want(sha256=incoming.sha256, piece_bytes=incoming.piece_bytes, ranges=ranges)
 
-    def due(self, now_s: float) -> list[str]:
-        """Devices whose pieces are overdue."""
-        return [d for d, (_, incoming) in self._incoming.items() if now_s >= incoming.deadline_s]
-
-    def next_due_s(self) -> float | None:
-        """When to look again."""
-        return min((i.deadline_s for _, i in self._incoming.values()), default=None)
-
-    def forget(self) -> None:
-        """A round ended: drop what is still on its way; its devices ask again and hear 'late'."""
-        self._incoming.clear()
-
-    def _held_bytes(self, besides: str) -> int:
-        return sum(len(i.content) for d, (_, i) in self._incoming.items() if d != besides)
+    def _completed(self, device: str, transfer: _Transfer) -> Want:
+        assert self.terms is not None
+        self._active.pop(device, None)
+        transfer.counting = True
+        self._put(
+            Arrival(
+                device=device,
+                message=transfer.message,
+                incoming=transfer.incoming,
+                terms=self.terms,
+            )
+        )
+        return _wait(transfer.message)
 
     def _fault(self, device: str, message: Open) -> tuple[Verdict, str] | None:
         terms = self.terms
@@ -144,74 +221,19 @@ class Ingest:
             round=message.round, device=device, base_sha="", digest=message.sha256, samples=0
         )
         answer = self._ledger.record_verdict(self._job, upload, verdict, reason)
-        return _receipt(message, answer)
-
-    def _count(self, device: str, message: Open, incoming: Incoming) -> Receipt:
-        try:
-            return _receipt(message, self._counted(device, message, incoming))
-        except PeerError as error:
-            return self._judge(device, message, "rejected", str(error)[:1900])
-
-    def _counted(self, device: str, message: Open, incoming: Incoming) -> Answer:
-        terms = self.terms
-        assert terms is not None
-        header, parts = decode_update(memoryview(incoming.content))
-        if (header.round, header.ticket) != (message.round, message.ticket):
-            raise WrongUpdate("the update's round or ticket is not the one it was announced with")
-        upload = Upload(
-            round=header.round,
-            device=device,
-            base_sha=header.base_sha,
-            digest=message.sha256,
-            samples=header.num_examples,
-            size_bytes=message.size_bytes,
-            metrics={
-                **msgspec.to_builtins(header.metrics),
-                "blocks": [name for name, _ in header.blocks],
-            },
-        )
-        return self._ledger.count_update(self._job, upload, self._fold(header, parts, terms))
-
-    def _fold(
-        self, header: UpdateHeader, parts: list[tuple[str, memoryview]], terms: RoundTerms
-    ) -> Callable[[Callable[[str], bytes | None], Callable[[str, bytes, int, int], None]], None]:
-        def fold(
-            load: Callable[[str], bytes | None], save: Callable[[str, bytes, int, int], None]
-        ) -> None:
-            sums = _LedgerSums(self._spec, load, save)
-            half = self._strategy.server_round(self._spec, terms.open_blocks, terms.codec, sums)
-            half.check(header)
-            half.receive(header, parts)
-
-        return fold
+        return receipt_of(message, answer)
 
 
-class _LedgerSums:
-    """The sums of a round inside one ledger transaction, as a strategy sees them."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        load: Callable[[str], bytes | None],
-        save: Callable[[str, bytes, int, int], None],
-    ) -> None:
-        self._spec, self._load, self._save = spec, load, save
-
-    def load(self, block: str) -> BlockSum:
-        """The stored sum, or zero."""
-        blob = self._load(block)
-        spec = self._spec.block(block)
-        return BlockSum.zero(spec) if blob is None else BlockSum.from_bytes(spec, blob)
-
-    def save(self, block: str, total: BlockSum) -> None:
-        """Store the sum."""
-        self._save(block, total.to_bytes(), total.samples, total.devices)
-
-
-def _receipt(message: Open, answer: Answer) -> Receipt:
+def receipt_of(message: Open, answer: Answer) -> Receipt:
+    """The receipt for an announced update."""
     return Receipt(
         round=message.round,
         sha256=message.sha256,
         verdict=answer.verdict,
         reason=answer.reason[:2000],
     )
+
+
+def _wait(message: Open) -> Want:
+    """Known, but nothing is to be sent now."""
+    return Want(sha256=message.sha256, piece_bytes=message.piece_bytes, ranges=())

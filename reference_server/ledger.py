@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +62,7 @@ __all__ = [
 
 LoadSum = Callable[[str], bytes | None]
 SaveSum = Callable[[str, bytes, int, int], None]
-Fold = Callable[[LoadSum, SaveSum], None]
+Fold = Callable[[LoadSum, SaveSum, Sequence[int]], Sequence[Sequence[str]]]
 
 
 class Ledger:
@@ -220,21 +220,22 @@ class Ledger:
             verdicts={row.device: row.verdict for row in uploads},
         )
 
-    def count_update(self, job: str, upload: Upload, fold: Fold) -> Answer:
-        """Count an update exactly once, and return the verdict that stands from now on.
+    def count_updates(self, job: str, uploads: Sequence[Upload], fold: Fold) -> list[Answer]:
+        """Count each of some updates exactly once: the verdicts that stand from now on.
 
-        ``fold(load, save)`` adds it to the sums, ``save(block, sum, samples, devices)`` after
-        ``load(block)`` (None: no sum yet), one block at a time; it may be run again when the
-        outcome of a commit is unknown, and what it raises undoes everything.
+        ``fold(load, save, numbers)`` adds those uploads to the sums, ``save(block, sum, samples,
+        devices)`` once for each block after ``load(block)`` (None: no sum yet), and returns each
+        one's blocks; it may be run again when the outcome of a commit is unknown, and what it
+        raises undoes everything.
         """
         # Two deliveries in one process would otherwise meet in the database's busy handler.
         with self._one_writer:
-            return self._db.repeated(lambda: self._count(job, upload, fold))
+            return self._db.repeated(lambda: self._count(job, uploads, fold))
 
     def record_verdict(self, job: str, upload: Upload, verdict: Verdict, reason: str) -> Answer:
         """Store a verdict that counts nothing, such as rejected; an earlier one stands."""
         if verdict == "accepted":
-            raise ProtocolMisuse("only count_update accepts an update: it has to be folded")
+            raise ProtocolMisuse("only count_updates accepts an update: it has to be folded")
         with self._db.write() as db:
             stored = _stored(db, job, upload)
             if stored is not None:
@@ -333,24 +334,31 @@ class Ledger:
         with self._db.read() as db:
             return reports.audit(db, job, receipts)
 
-    def _count(self, job: str, upload: Upload, fold: Fold) -> Answer:
+    def _count(self, job: str, uploads: Sequence[Upload], fold: Fold) -> list[Answer]:
         with self._db.write() as db:
             if self._db.is_postgresql:
                 # A paused worker and the one that took its slot over must not interleave.
                 key = zlib.crc32(f"{job} {self._slot}".encode())
                 db.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
-            stored = _stored(db, job, upload)
-            if stored is not None:
-                return stored
-            # FOR SHARE: who closes the round waits for us, or we see it closed. SQLite, which
-            # has no such clause, has a single writer.
-            answer, storable = accounts.judged(_find_round(db, job, upload.round, "share"), upload)
-            if not storable:
-                return answer
-            answer, is_new = self._entered(db, job, upload, answer)
-            if is_new and answer.verdict == "accepted":
-                self._fold(db, job, upload, fold)
-            return answer
+            answers, accepted = [], []
+            for number, upload in enumerate(uploads):
+                answer, is_new = self._judged(db, job, upload)
+                answers.append(answer)
+                if is_new and answer.verdict == "accepted":
+                    accepted.append(number)
+            if accepted:
+                self._fold(db, job, uploads, accepted, fold)
+            return answers
+
+    def _judged(self, db: Connection, job: str, upload: Upload) -> tuple[Answer, bool]:
+        """The verdict on an update, and whether it was entered now."""
+        stored = _stored(db, job, upload)
+        if stored is not None:
+            return stored, False
+        # FOR SHARE: who closes the round waits for us, or we see it closed. SQLite, which
+        # has no such clause, has a single writer.
+        answer, storable = accounts.judged(_find_round(db, job, upload.round, "share"), upload)
+        return self._entered(db, job, upload, answer) if storable else (answer, False)
 
     def _entered(
         self, db: Connection, job: str, upload: Upload, answer: Answer
@@ -376,26 +384,34 @@ class Ledger:
             return answer, True
         return cast(Answer, _stored(db, job, upload)), False
 
-    def _fold(self, db: Connection, job: str, upload: Upload, fold: Fold) -> None:
-        touched: list[str] = []
+    def _fold(
+        self,
+        db: Connection,
+        job: str,
+        uploads: Sequence[Upload],
+        accepted: Sequence[int],
+        fold: Fold,
+    ) -> None:
+        (number,) = {uploads[n].round for n in accepted}  # the one that is open
+        saved: list[str] = []
 
         def load(block: str) -> bytes | None:
-            partial = self._sum(db, job, upload.round, block, self._slot)
+            partial = self._sum(db, job, number, block, self._slot)
             return None if partial is None else partial.num
 
         def save(block: str, num: bytes, samples: int, devices: int) -> None:
             values = {"num": num, "crc": zlib.crc32(num), "samples": samples, "devices": devices}
-            key = {"job": job, "round": upload.round, "block": block, "slot": self._slot}
+            key = {"job": job, "round": number, "block": block, "slot": self._slot}
             statement = self._db.insert(partial_table).values(**key, **values)
             db.execute(statement.on_conflict_do_update(index_elements=list(key), set_=values))
-            touched.append(block)
+            saved.append(block)
 
-        fold(load, save)
-        if not touched or len(touched) != len(set(touched)):
-            raise ProtocolMisuse(f"an update is folded once into each of its blocks, got {touched}")
-        blocks = msgspec.json.encode(touched).decode()
-        mine = _is_upload(job, upload.round, upload.device)
-        db.execute(sa.update(upload_table).where(mine).values(blocks=blocks))
+        touched = fold(load, save, accepted)
+        _check_folded(touched, saved, len(accepted))
+        for place, blocks in zip(accepted, touched, strict=True):
+            mine = _is_upload(job, number, uploads[place].device)
+            text = msgspec.json.encode(list(blocks)).decode()
+            db.execute(sa.update(upload_table).where(mine).values(blocks=text))
 
     def _sum(
         self, db: Connection, job: str, round_number: int, block: str, slot: int
@@ -451,6 +467,17 @@ class Ledger:
         return StateError(
             f"{self._db.where}: cannot enter {what}, the ledger {stands}: another server works on "
             "this job, or files of another job were copied here"
+        )
+
+
+def _check_folded(touched: Sequence[Sequence[str]], saved: list[str], updates: int) -> None:
+    """ProtocolMisuse unless each update went once into each of its blocks, all of them saved."""
+    once = all(blocks and len(blocks) == len(set(blocks)) for blocks in touched)
+    together = sorted({name for blocks in touched for name in blocks})
+    if not once or len(touched) != updates or together != sorted(saved):
+        raise ProtocolMisuse(
+            f"an update is folded once into each of its blocks, each saved once; got {touched} and "
+            f"saved {saved}"
         )
 
 

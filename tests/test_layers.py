@@ -38,6 +38,7 @@ ROOMS = {
     "edge_sdk/codec.py": Room(2, beside=_files("cost")),
     "edge_sdk/cost.py": Room(2),
     "edge_sdk/step.py": Room(2, beside=_files("cost")),
+    "edge_sdk/brokers.py": Room(1),
     "edge_sdk/pieces.py": Room(2),
     "edge_sdk/merge.py": Room(3),
     "edge_sdk/plan.py": Room(3, beside=_files("ways")),
@@ -56,7 +57,12 @@ ROOMS = {
     "edge_sdk/measure.py": Room(5, beside=_files("memory")),
     "edge_sdk/memory.py": Room(5),
     "edge_sdk/model.py": Room(5, beside=_files("task")),
-    "edge_sdk/mqtt.py": Room(5, beside=_files("link")),
+    "edge_sdk/connection.py": Room(5, beside=_files("link")),
+    "edge_sdk/feed.py": Room(5, beside=_files("mqtt")),
+    "edge_sdk/fetch.py": Room(5, beside=_files("mqtt", "parts", "store")),
+    "edge_sdk/mqtt.py": Room(5, beside=_files("connection", "link")),
+    "edge_sdk/outbox.py": Room(5, beside=_files("feed", "mqtt", "store")),
+    "edge_sdk/parts.py": Room(5, beside=_files("store")),
     "edge_sdk/operators.py": Room(5),
     "edge_sdk/optimizer.py": Room(5),
     "edge_sdk/prefix.py": Room(
@@ -108,22 +114,26 @@ ROOMS = {
     "reference_server/export.py": Room(12),
     "reference_server/reports.py": Room(12),
     "reference_server/ledger.py": Room(13),
-    "reference_server/ingest.py": Room(14),
+    "reference_server/broadcast.py": Room(14),
+    "reference_server/counting.py": Room(14),
     "reference_server/merging.py": Room(14),
-    "reference_server/coordinator.py": Room(15),
+    "reference_server/downlink.py": Room(15),
+    "reference_server/ingest.py": Room(15),
+    "reference_server/coordinator.py": Room(16),
     # It is many devices, so it starts what a device starts.
-    "reference_server/fleet_sim.py": Room(16, beside=("edge_sdk/agent.py", "edge_sdk/trainer.py")),
-    "reference_server/demo.py": Room(17),
-    "reference_server/cli.py": Room(18),
-    "reference_server/__init__.py": Room(19),
-    "reference_server/__main__.py": Room(19),
+    "reference_server/fleet_sim.py": Room(17, beside=("edge_sdk/agent.py", "edge_sdk/trainer.py")),
+    "reference_server/demo.py": Room(18),
+    "reference_server/cli.py": Room(19),
+    "reference_server/__init__.py": Room(20),
+    "reference_server/__main__.py": Room(20),
 }
 
 # Besides layers 0-4 without `session`, the server shares these with the device.
 SERVER_MAY_IMPORT = {
     f"edge_sdk/{name}.py"
     for name in (
-        *("infer", "link", "memory", "model", "mqtt", "probe", "process", "store", "task", "train"),
+        *("feed", "fetch", "infer", "link", "memory", "model", "mqtt", "parts", "probe", "process"),
+        *("store", "task", "train"),
     )
 }
 

@@ -1,0 +1,188 @@
+"""What the server says: two connections, and the blocks of the current version on their way down.
+
+Control messages have one connection, the pieces of updates another, so that nobody waits behind
+somebody else's upload. Blocks go into the broker's slots where it retains well, and piece by piece
+to whoever asks. The head is said last, when everything it stands for is there.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_sdk.brokers import BrokerProfile
+from edge_sdk.feed import Feed
+from edge_sdk.link import Arrived, LinkEvent, TakenOver
+from edge_sdk.mqtt import Link
+from edge_sdk.pieces import piece_range
+from edge_sdk.wire import (
+    DEFAULT_PIECE_BYTES,
+    BlockEntry,
+    Head,
+    Message,
+    Topics,
+    Want,
+    decode,
+    encode,
+    encode_piece,
+)
+from reference_server.broadcast import Broadcast
+from reference_server.versions import Manifest, VersionStore
+
+# One answer to a Want: what a device may have waiting here, whatever it asks for.
+MAX_PIECES_PER_WANT = 64
+
+
+class Downlink:
+    """The server's side of one job's topics. All calls come from one thread."""
+
+    def __init__(
+        self,
+        url: str,
+        job: str,
+        inbox: queue.SimpleQueue[Any],
+        versions: VersionStore,
+        state_dir: Path,
+        broker: BrokerProfile,
+        rng: random.Random,
+        boot: str,
+    ) -> None:
+        """``boot``: this incarnation of the server; events of the connections go to ``inbox``."""
+        name = f"server-{job}"[:58]
+        self.topics = Topics(job)
+        self._link = Link(url, name, inbox, rng=rng, limits=broker)
+        self._data_link = Link(url, f"{name}-data", _OnlyWhatArrives(inbox), rng=rng)
+        self._versions, self._boot = versions, boot
+        self._feed = Feed(self._link)
+        layout = state_dir / "layout.json"
+        self._broadcast = Broadcast(layout, self._link, self.topics, versions, broker)
+        self._manifest: Manifest | None = None
+        self._head_due = False
+
+    def start(self) -> None:
+        """Begin to connect, in the background."""
+        for topic_filter in (
+            self.topics.all_up,
+            self.topics.all_presence,
+            self.topics.head,
+            self.topics.echo,
+        ):
+            self._link.subscribe(topic_filter)
+        self._data_link.subscribe(self.topics.all_data)
+        self._link.start()
+        self._data_link.start()
+
+    def close(self) -> None:
+        """Leave the broker; may be called twice."""
+        self._data_link.close()
+        self._link.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether what is said goes out."""
+        return self._link.connected
+
+    @property
+    def ready(self) -> bool:
+        """Whether devices can be told of the current version and would be heard."""
+        return self._broadcast.ready and self._link.connected and self._data_link.connected
+
+    @property
+    def piece_bytes(self) -> int:
+        """Size of the pieces that this connection's packets have room for."""
+        return self._link.piece_bytes(DEFAULT_PIECE_BYTES)
+
+    def say(self, device: str, message: Message) -> None:
+        """Tell one device something."""
+        self._link.publish(self.topics.down(device), encode(message))
+
+    def place(self, manifest: Manifest) -> None:
+        """Make this the current version: its blocks into the broker, then the head."""
+        self._manifest = manifest
+        self._broadcast.place(manifest.blocks, self.piece_bytes)
+        self._head_due = True
+        self.tend()
+
+    def blocks(self) -> tuple[BlockEntry, ...]:
+        """The current version's blocks, each with the slot that holds it."""
+        assert self._manifest is not None
+        return self._broadcast.with_slots(self._manifest.blocks)
+
+    def reconnected(self) -> None:
+        """A new connection: what the broker takes, and still has, may be something else."""
+        self._feed.reconnected()
+        if self._manifest is not None:
+            self._broadcast.place(self._manifest.blocks, self.piece_bytes)
+        self._broadcast.connected()
+        self._head_due = True
+
+    def heard_itself(self, event: Arrived) -> bool:
+        """Whether a message was one of the server's own, and no device's."""
+        if event.topic == self.topics.echo:
+            self._broadcast.heard_echo()
+        elif event.topic == self.topics.head:
+            head = decode(event.payload)
+            if isinstance(head, Head):
+                self._broadcast.heard_head(head.layout)
+        else:
+            return False
+        return True
+
+    def serve(self, device: str, entry: BlockEntry, want: Want) -> bool:
+        """Send a device these pieces of a block; False: they are larger than the broker takes."""
+        if want.piece_bytes > self._link.piece_bytes(want.piece_bytes):
+            return False
+        total = -(-entry.size_bytes // want.piece_bytes)
+        wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
+
+        def make(index: int) -> tuple[str, bytes]:
+            start, stop = piece_range(index, entry.size_bytes, want.piece_bytes)
+            data = self._versions.read_piece(want.sha256, start, stop - start)
+            return self.topics.down(device), encode_piece(want.sha256, index, total, data)
+
+        content = f"{want.sha256}/{want.piece_bytes}"
+        self._feed.order(device, content, islice(wanted, MAX_PIECES_PER_WANT), make)
+        return True
+
+    def tend(self) -> None:
+        """Send on; call it after every event and at ``due_in_s``."""
+        self._feed.pump()
+        self._broadcast.pump()
+        if self._head_due and self._manifest is not None and self.ready:
+            self._head_due = False
+            self._say_head("running")
+
+    def due_in_s(self) -> float | None:
+        """Seconds until ``tend`` is to be called; None: not before a connection says something."""
+        pauses = (self._feed.due_in_s(), self._broadcast.due_in_s())
+        return min((pause for pause in pauses if pause is not None), default=None)
+
+    def finish(self) -> None:
+        """The job is over: nothing of it stays in the broker but the word that it is."""
+        self._broadcast.clear()
+        self._say_head("done")
+
+    def _say_head(self, state: Literal["running", "done"]) -> None:
+        assert self._manifest is not None
+        head = Head(
+            boot=self._boot,
+            version=self._manifest.version,
+            state=state,
+            layout=self._broadcast.digest,
+        )
+        self._link.publish(self.topics.head, encode(head), retain=True)
+
+
+class _OnlyWhatArrives:
+    """The inbox of the connection for pieces: whether it is up is for the other one to tell."""
+
+    def __init__(self, inbox: queue.SimpleQueue[Any]) -> None:
+        self._inbox = inbox
+
+    def put(self, event: LinkEvent, /) -> None:
+        """Pass on what matters."""
+        if isinstance(event, (Arrived, TakenOver)):
+            self._inbox.put(event)
