@@ -396,8 +396,9 @@ class Agent:
 
     def _fetch_blocks(self) -> None:
         """Fetch the blocks the cache lacks; without one, go on."""
-        assert self._offer is not None
-        if self._fetch.begin(self._offer.blocks, self._offer.piece_bytes):
+        offer = self._offer
+        assert offer is not None
+        if self._fetch.begin(offer.blocks, offer.slots, offer.piece_bytes):
             self._fetched()
 
     def _fetched(self) -> None:

@@ -97,7 +97,8 @@ def run(**options: Any) -> None:
 def _run(
     *, task_path: Path, broker: str, job: str, device: str | None, profile_name: str, part: int,
     parts: int, state_dir: Path | None, memory_mb: int | None, threads: int | None,
-    ca_file: str | None, broker_profile: str, keep_trying: bool, nursery: str | None, verbose: bool, as_json: bool,
+    ca_file: str | None, broker_profile: str, keep_trying: bool, nursery: str | None,
+    verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from edge_sdk.link import parse_address
     from edge_sdk.mqtt import connect_once

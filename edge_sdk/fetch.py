@@ -40,6 +40,7 @@ class Fetch:
         self._cache, self._link, self._topics = cache, link, topics
         self._up, self._rng, self._clock = topics.up(device), rng, clock
         self._entries: Sequence[BlockEntry] = ()
+        self._slots: Sequence[int] = ()
         self._piece_bytes = 0
         self._incoming: Incoming | None = None
         self._slot_filter = ""
@@ -49,10 +50,11 @@ class Fetch:
         """Whether something is being fetched."""
         return self._incoming is not None
 
-    def begin(self, entries: Sequence[BlockEntry], piece_bytes: int) -> bool:
+    def begin(self, entries: Sequence[BlockEntry], slots: Sequence[int], piece_bytes: int) -> bool:
         """Fetch those of a version's blocks that are not here; True when all are."""
         self.stop()
         self._entries, self._piece_bytes = entries, piece_bytes
+        self._slots = slots if len(slots) == len(entries) else (-1,) * len(entries)
         return self._next()
 
     def stop(self) -> None:
@@ -98,7 +100,7 @@ class Fetch:
             if not self._cache.has(entry.sha256):
                 self._incoming = self._continued(entry)
                 if not self._take_over():
-                    self._start(index, entry.slot)
+                    self._start(index)
                     return False
         return True
 
@@ -116,8 +118,8 @@ class Fetch:
         sweep_parts(stem.parent, keep=(stem,))
         return Incoming(stem, entry.sha256, entry.size_bytes, self._piece_bytes, self._rng)
 
-    def _start(self, index: int, slot: int) -> None:
-        incoming = self._incoming
+    def _start(self, index: int) -> None:
+        incoming, slot = self._incoming, self._slots[index]
         assert incoming is not None
         fresh = incoming.received == 0 and incoming.pieces <= MAX_RETAINED_PIECES
         if not (slot >= 0 and fresh and self._read_slot(slot, index)):

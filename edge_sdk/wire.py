@@ -71,16 +71,12 @@ Presence_ = Literal["ready", "training", "sleeping", "lost"]
 
 
 class BlockEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One block of a version: its address and what fetching and holding it costs.
-
-    slot: where its pieces lie retained; -1: nowhere, they have to be asked for.
-    """
+    """One block of a version: its address and what fetching and holding it costs."""
 
     name: Name
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_TRANSFER_BYTES)]
     raw_bytes: Annotated[int, Meta(ge=0, le=MAX_TRANSFER_BYTES)]
-    slot: Annotated[int, Meta(ge=-1, le=1)] = -1
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +113,10 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """Server: take part in this round, starting from these blocks, within this time."""
+    """Server: take part in this round, starting from these blocks, within this time.
+
+    slots: of each block, where its pieces lie retained; -1, or none: they have to be asked for.
+    """
 
     TYPE: ClassVar[int] = 3
     round: Round
@@ -131,6 +130,9 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: Annotated[float, Meta(gt=0.0, le=1e7)]
     training: Training
     piece_bytes: Annotated[int, Meta(ge=256, le=MAX_PIECE_BYTES)] = DEFAULT_PIECE_BYTES
+    slots: Annotated[
+        tuple[Annotated[int, Meta(ge=-1, le=1)], ...], Meta(max_length=MAX_BLOCKS)
+    ] = ()
 
 
 class Decline(msgspec.Struct, frozen=True, kw_only=True):

@@ -127,16 +127,11 @@ class Broadcast:
             for number in range(0 if self._intact else len(self._layout.places)):
                 self._send(number)
 
-    def with_slots(self, entries: Sequence[BlockEntry]) -> tuple[BlockEntry, ...]:
-        """The entries of an offer, each with the slot that holds it."""
-        by_hash = {
-            place.slots[place.current].sha256: place.current
-            for place in self._layout.places
-            if place.slots[place.current].pieces
-        }
-        return tuple(
-            msgspec.structs.replace(entry, slot=by_hash.get(entry.sha256, -1)) for entry in entries
-        )
+    def slots(self) -> tuple[int, ...]:
+        """Of each block of the version, the slot that holds it; -1: none does."""
+        if not self._layout.places:
+            return (-1,) * len(self._entries)
+        return tuple(p.current if p.slots[p.current].pieces else -1 for p in self._layout.places)
 
     def pump(self) -> None:
         """Send on; call it when the link drains and at ``due_in_s``."""

@@ -477,7 +477,8 @@ class Coordinator:
                     ticket=self._tickets.issue(self._settings.job, row.round, device, row.base_sha),
                     version=self._manifest.version,
                     base_sha=row.base_sha,
-                    blocks=self._down.blocks(),
+                    blocks=self._manifest.blocks,
+                    slots=self._down.slots(),
                     strategy=self._settings.strategy,
                     open_blocks=terms.open_blocks,
                     codec=terms.codec,
@@ -518,7 +519,6 @@ class Coordinator:
         wall_s = self._idle_since_s - self._opened_at_s
         self._down.place(manifest)
         self._look_at_round()
-        self._hear_out()
         self._conclude(row.round, coverage, wall_s)
         self._ledger.archive(job)
 
@@ -530,6 +530,7 @@ class Coordinator:
     def _conclude(self, number: int, coverage: Mapping[str, Any], wall_s: float) -> None:
         """Measure the new version and enter the round into the report."""
         measured = self._evaluator.measure(self._versions, self._manifest)
+        self._hear_out()  # the last device's tally comes after its receipt
         rows = [self._row_of(upload) for upload in self._ledger.uploads(self._settings.job, number)]
         entry = self._report.closed(
             number,

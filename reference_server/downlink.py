@@ -106,10 +106,9 @@ class Downlink:
         self._head_due = True
         self.tend()
 
-    def blocks(self) -> tuple[BlockEntry, ...]:
-        """The current version's blocks, each with the slot that holds it."""
-        assert self._manifest is not None
-        return self._broadcast.with_slots(self._manifest.blocks)
+    def slots(self) -> tuple[int, ...]:
+        """Of each block of the current version, the slot that holds it; -1: none does."""
+        return self._broadcast.slots()
 
     def reconnected(self) -> None:
         """A new connection: what the broker takes, and still has, may be something else."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -62,3 +63,24 @@ def no_broker() -> Iterator[str]:
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     thread.join(5)
+
+
+@pytest.fixture
+def disk_bytes() -> int:
+    """Size of ``small_disk``; a module may say otherwise."""
+    return 64 * 1024
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, disk_bytes: int) -> Iterator[Path]:
+    """A file system of its own with little room."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={disk_bytes}", "tmpfs", str(mount)],
+        capture_output=True,
+    )
+    if done.returncode != 0:
+        pytest.skip("only root can mount a small disk")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)

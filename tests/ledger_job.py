@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from reference_server.ledger import Answer, Fold, Ledger, LoadSum, SaveSum, Upload
+from collections.abc import Callable, Sequence
+
+from reference_server.ledger import Answer, Ledger, LoadSum, SaveSum, Upload
 
 SPEC = "5" * 64
 BASE, NEXT = "a" * 64, "b" * 64
 JOB = "job"
 
+# Adds one update to the sums.
+FoldOne = Callable[[LoadSum, SaveSum], None]
 
-def adding(*blocks: str, weight: int = 1, size_bytes: int = 8) -> Fold:
+
+def count_one(ledger: Ledger, one: Upload, fold: FoldOne) -> Answer:
+    """Count one update, in a transaction of its own."""
+
+    def fold_all(load: LoadSum, save: SaveSum, numbers: Sequence[int]) -> list[list[str]]:
+        assert list(numbers) == [0]
+        saved: list[str] = []
+
+        def save_and_note(block: str, num: bytes, samples: int, devices: int) -> None:
+            save(block, num, samples, devices)
+            saved.append(block)
+
+        fold(load, save_and_note)
+        return [saved]
+
+    (answer,) = ledger.count_updates(JOB, [one], fold_all)
+    return answer
+
+
+def adding(*blocks: str, weight: int = 1, size_bytes: int = 8) -> FoldOne:
     """Add ``weight`` to one number per block; samples are the weight, too."""
 
     def fold(load: LoadSum, save: SaveSum) -> None:
@@ -56,7 +79,7 @@ def count(ledger: Ledger, device: str, *blocks: str) -> Answer:
             devices = int.from_bytes(known[8:], "little") + 1
             save(block, total.to_bytes(8, "little") + devices.to_bytes(8, "little"), total, devices)
 
-    return ledger.count_update(JOB, upload(device), fold)
+    return count_one(ledger, upload(device), fold)
 
 
 def sums(ledger: Ledger, round_number: int = 1) -> dict[str, tuple[int, int]]:

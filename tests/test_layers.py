@@ -162,7 +162,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "onnx": ("reference_server/export.py",),
     "onnxruntime": ("edge_sdk/infer.py",),
     "onnxscript": ("reference_server/export.py",),
-    "paho": ("edge_sdk/mqtt.py",),
+    "paho": ("edge_sdk/connection.py",),
     "psutil": ("edge_sdk/condition.py", "edge_sdk/memory.py", "edge_sdk/process.py"),
     "rich": (
         "edge_sdk/cli.py",

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tests.ledger_job import (
     SPEC,
     adding,
     count,
+    count_one,
     healthy,
     publish,
     start,
@@ -109,14 +110,14 @@ def test_an_update_is_counted_once_however_often_it_arrives(ledger: Ledger) -> N
 
 def test_a_device_that_trained_twice_counts_once_and_is_noticed(ledger: Ledger) -> None:
     count(ledger, "d1")
-    again = ledger.count_update(JOB, upload("d1", digest="another"), adding("one"))
+    again = count_one(ledger, upload("d1", digest="another"), adding("one"))
     assert again == Answer("accepted", repeated=True, conflict=True)
     assert sums(ledger)["one"] == (10, 1)
     assert ledger.history(JOB)[0].conflicts == 1
 
 
 def test_an_update_on_another_base_is_stale_and_stays_so(ledger: Ledger) -> None:
-    answer = ledger.count_update(JOB, upload("d1", base=NEXT), adding("one"))
+    answer = count_one(ledger, upload("d1", base=NEXT), adding("one"))
     assert answer == Answer("stale", "trained on bbbbbbbbbbbb, the round's base is aaaaaaaaaaaa")
     assert count(ledger, "d1").verdict == "stale"
     assert sums(ledger) == {}
@@ -137,13 +138,13 @@ def test_an_update_for_a_round_that_is_not_open_yet_decides_nothing(ledger: Ledg
     publish(ledger, 1, 1, NEXT, BASE)
     ledger.plan_round(JOB, base_version=1, base_sha=NEXT)
     early = upload("d1", round_number=2, base=NEXT)
-    assert ledger.count_update(JOB, early, adding("one")) == Answer("late", "round 2 is not open")
+    assert count_one(ledger, early, adding("one")) == Answer("late", "round 2 is not open")
     assert ledger.record_verdict(JOB, early, "rejected", "bad").verdict == "rejected"
     assert ledger.verdict_of(JOB, 2, "d1") is None
     ledger.open_round(JOB, 2, 60.0)
-    assert ledger.count_update(JOB, early, adding("one")).verdict == "accepted"
+    assert count_one(ledger, early, adding("one")).verdict == "accepted"
     unknown = upload("d1", round_number=77)
-    assert ledger.count_update(JOB, unknown, adding("one")).verdict == "late"
+    assert count_one(ledger, unknown, adding("one")).verdict == "late"
 
 
 def test_a_rejected_update_stays_rejected(ledger: Ledger) -> None:
@@ -152,7 +153,7 @@ def test_a_rejected_update_stays_rejected(ledger: Ledger) -> None:
     assert count(ledger, "d1") == Answer("rejected", "NaN in block 'one'", repeated=True)
     assert count(ledger, "d2").verdict == "accepted"
     assert ledger.record_verdict(JOB, upload("d2"), "rejected", "x").verdict == "accepted"
-    with pytest.raises(ProtocolMisuse, match="only count_update accepts"):
+    with pytest.raises(ProtocolMisuse, match="only count_updates accepts"):
         ledger.record_verdict(JOB, upload("d3"), "accepted", "")
 
 
@@ -162,10 +163,35 @@ def test_what_a_fold_raises_undoes_everything(ledger: Ledger) -> None:
         raise WrongUpdate("block 'two' does not decode")
 
     with pytest.raises(WrongUpdate, match="does not decode"):
-        ledger.count_update(JOB, upload("d1"), broken)
+        count_one(ledger, upload("d1"), broken)
     assert ledger.verdict_of(JOB, 1, "d1") is None
     assert sums(ledger) == {}
     assert count(ledger, "d1").verdict == "accepted"
+
+
+def test_a_batch_is_judged_one_by_one_and_folded_together(ledger: Ledger) -> None:
+    count(ledger, "d1")
+    folded: list[int] = []
+
+    def fold(load: LoadSum, save: SaveSum, numbers: Sequence[int]) -> list[list[str]]:
+        folded.extend(numbers)
+        known = load("one")
+        assert known is not None
+        total = int.from_bytes(known[:8], "little") + 10 * len(numbers)
+        devices = int.from_bytes(known[8:], "little") + len(numbers)
+        save("one", total.to_bytes(8, "little") + devices.to_bytes(8, "little"), total, devices)
+        return [["one"] for _ in numbers]
+
+    batch = [upload("d2"), upload("d1"), upload("d3", base=NEXT), upload("d4"), upload("d2")]
+    answers = ledger.count_updates(JOB, batch, fold)
+    verdicts = [(answer.verdict, answer.repeated) for answer in answers]
+    assert verdicts == [
+        ("accepted", False), ("accepted", True), ("stale", False), ("accepted", False),
+        ("accepted", True),
+    ]  # fmt: skip
+    assert folded == [0, 3]
+    assert sums(ledger)["one"] == (30, 3)
+    assert healthy(ledger)
 
 
 @pytest.mark.parametrize("blocks", [(), ("one", "one")])
@@ -175,7 +201,7 @@ def test_a_fold_touches_each_of_its_blocks_once(ledger: Ledger, blocks: tuple[st
             save(block, bytes(16), 1, 1)
 
     with pytest.raises(ProtocolMisuse, match="folded once into each of its blocks"):
-        ledger.count_update(JOB, upload("d1"), fold)
+        count_one(ledger, upload("d1"), fold)
     assert ledger.verdict_of(JOB, 1, "d1") is None
 
 
@@ -208,7 +234,7 @@ def test_the_life_of_a_job(ledger: Ledger) -> None:
     assert sums(ledger) == {"one": (10, 1), "two": (10, 1)}
     ledger.plan_round(JOB, base_version=1, base_sha=NEXT, settings={"stage": 2})
     ledger.open_round(JOB, 2, 60.0)
-    ledger.count_update(JOB, upload("d1", round_number=2, base=NEXT), adding("one", weight=10))
+    count_one(ledger, upload("d1", round_number=2, base=NEXT), adding("one", weight=10))
     publish(ledger, 2, 2, "c" * 64, NEXT)
     assert ledger.archive(JOB) == [1]
     assert ledger.archive(JOB) == []

@@ -7,14 +7,25 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge_sdk.errors import StateError
 from reference_server.ledger import Answer, Ledger
-from tests.ledger_job import BASE, JOB, NEXT, SPEC, adding, count, healthy, start, sums, upload
+from tests.ledger_job import (
+    BASE,
+    JOB,
+    NEXT,
+    SPEC,
+    adding,
+    count,
+    count_one,
+    healthy,
+    start,
+    sums,
+    upload,
+)
 
 ROOT = Path(__file__).parents[1]
 SPOILERS = {
@@ -35,17 +46,8 @@ def state(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True
-    )
-    if done.returncode != 0:
-        pytest.skip("only root can mount a small disk")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+def disk_bytes() -> int:
+    return 1 << 20
 
 
 def test_a_state_directory_of_another_job_is_refused_by_both_names(state: Path) -> None:
@@ -151,10 +153,10 @@ def test_a_full_disk_refuses_updates_and_loses_none(small_disk: Path) -> None:
         big = adding("big", size_bytes=2_000_000)
         for device in ("d1", "d2"):
             with pytest.raises(StateError, match=r"ledger\.sqlite: .*; (free some|check its disk)"):
-                ledger.count_update(JOB, upload(device), big)
+                count_one(ledger, upload(device), big)
             assert ledger.verdict_of(JOB, 1, device) is None
         subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
-        assert ledger.count_update(JOB, upload("d1"), big).verdict == "accepted"
+        assert count_one(ledger, upload("d1"), big).verdict == "accepted"
         assert ledger.verdict_of(JOB, 1, "d0") == Answer("accepted", repeated=True)
         assert healthy(ledger)
 
@@ -187,7 +189,7 @@ def test_a_file_size_limit_refuses_updates_and_loses_none(state: Path) -> None:
 ledger = Ledger.open(state)
 count(ledger, "d0")
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try: ledger.count_update(JOB, upload("d1"), adding("big", size_bytes=2_000_000))
+try: count_one(ledger, upload("d1"), adding("big", size_bytes=2_000_000))
 except StateError as error: print(error)
 """
     done = run(script, state)
@@ -210,7 +212,7 @@ def fold(load, save):
     save("two", bytes([20]) + bytes(7) + bytes([2]) + bytes(7), 20, 2); die("all saved")
 ledger = Ledger.open(state)
 count(ledger, "d1")
-ledger.count_update(JOB, upload("d2"), fold); die("committed")
+count_one(ledger, upload("d2"), fold); die("committed")
 """
     done = run(script, state, point)
     assert done.returncode == -signal.SIGKILL, done.stderr

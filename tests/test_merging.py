@@ -20,6 +20,7 @@ from edge_sdk.strategies.last_blocks import ServerRound
 from reference_server.ledger import Ledger, LoadSum, RoundRow, SaveSum, Upload
 from reference_server.merging import Coverage, merge_round
 from reference_server.versions import Manifest, VersionStore
+from tests.ledger_job import count_one
 
 JOB = "job"
 FULL = strategy_named("full").server_round
@@ -74,7 +75,7 @@ class Round:
             samples=samples, size_bytes=1, metrics={},
         )  # fmt: skip
         ledger = self.other if slot else self.ledger
-        assert ledger.count_update(JOB, upload, fold).verdict == "accepted"
+        assert count_one(ledger, upload, fold).verdict == "accepted"
 
     def merge(self) -> tuple[Manifest, Coverage]:
         return merge_round(self.row, self.base, FULL, SPEC, self.ledger, self.versions)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection
 from itertools import pairwise
 from random import Random
 
@@ -16,7 +14,6 @@ from edge_sdk.errors import MalformedMessage, ProtocolMisuse
 from edge_sdk.pieces import (
     MAX_PIECES,
     Assembly,
-    Incoming,
     Ranges,
     Window,
     piece_count,
@@ -24,8 +21,31 @@ from edge_sdk.pieces import (
 )
 
 
-def window_of(assembly: Assembly, pieces: int, seed: int = 0) -> Window:
-    return Window(assembly, window_pieces=pieces, retry_s=1.0, retry_max_s=8.0, rng=Random(seed))
+class Asking:
+    """A window of a fixed size."""
+
+    def __init__(self, assembly: Assembly, pieces: int, seed: int) -> None:
+        self.window = Window(assembly, retry_s=1.0, retry_max_s=8.0, rng=Random(seed))
+        self.pieces = pieces
+
+    @property
+    def deadline_s(self) -> float:
+        return self.window.deadline_s
+
+    def want(self, now_s: float) -> Ranges:
+        return self.window.want(now_s, self.pieces)
+
+
+def window_of(assembly: Assembly, pieces: int, seed: int = 0) -> Asking:
+    return Asking(assembly, pieces, seed)
+
+
+def place(assembly: Assembly, index: int, length: int) -> int | None:
+    """Count a piece as arrived, if it is new; where it belongs."""
+    offset = assembly.place_of(index, length)
+    if offset is not None:
+        assembly.mark(index)
+    return offset
 
 
 def indexes(ranges: Ranges) -> list[int]:
@@ -35,7 +55,7 @@ def indexes(ranges: Ranges) -> list[int]:
 def assembly_with(pieces: int, arrived: set[int]) -> Assembly:
     assembly = Assembly(pieces, 1)
     for index in arrived:
-        assembly.place(index, 1)
+        place(assembly, index, 1)
     return assembly
 
 
@@ -61,11 +81,11 @@ def test_the_most_pieces_there_can_be() -> None:
 
 def test_a_piece_finds_its_place_once() -> None:
     assembly = Assembly(25, 10)
-    assert assembly.place(2, 5) == 20
-    assert assembly.place(2, 5) is None
+    assert place(assembly, 2, 5) == 20
+    assert place(assembly, 2, 5) is None
     assert (assembly.received, assembly.complete) == (1, False)
-    assert assembly.place(0, 10) == 0
-    assert assembly.place(1, 10) == 10
+    assert place(assembly, 0, 10) == 0
+    assert place(assembly, 1, 10) == 10
     assert (assembly.received, assembly.complete) == (3, True)
 
 
@@ -84,7 +104,7 @@ def test_a_piece_finds_its_place_once() -> None:
 def test_pieces_that_do_not_fit_are_refused(index: int, length: int, text: str) -> None:
     assembly = Assembly(25, 10)
     with pytest.raises(MalformedMessage, match=text):
-        assembly.place(index, length)
+        place(assembly, index, length)
     assert assembly.received == 0
 
 
@@ -118,15 +138,15 @@ def test_more_is_asked_for_when_half_has_arrived() -> None:
     window = window_of(assembly, 4)
     assert window.want(0.0) == ((0, 4),)
     assert window.want(0.1) == ()
-    assembly.place(1, 10)
+    place(assembly, 1, 10)
     assert window.want(0.2) == ()
-    assembly.place(0, 10)
+    place(assembly, 0, 10)
     assert window.want(0.3) == ((4, 6),)
     for index in (2, 3, 4, 5):
-        assembly.place(index, 10)
+        place(assembly, index, 10)
     assert window.want(0.4) == ((6, 10),)
     for index in (6, 7, 8, 9):
-        assembly.place(index, 10)
+        place(assembly, index, 10)
     assert window.want(0.5) == ()
 
 
@@ -140,7 +160,7 @@ def test_silence_asks_again_for_what_is_missing() -> None:
     window = window_of(assembly, 4)
     window.want(0.0)
     for index in (0, 2):
-        assembly.place(index, 10)
+        place(assembly, index, 10)
     assert window.want(0.5) == ((4, 6),)
     deadline_s = window.deadline_s
     assert 1.5 <= deadline_s <= 2.5
@@ -157,7 +177,7 @@ def test_waits_double_with_silence_up_to_the_cap_and_restart_with_progress() -> 
             assert window.want(now_s) == ((0, 4),)
             waits.append(window.deadline_s - now_s)
             now_s = window.deadline_s
-        assembly.place(0, 10)
+        place(assembly, 0, 10)
         window.want(now_s)
         spans.append([*waits, window.deadline_s - now_s])
     for column, span_s in zip(zip(*spans, strict=True), [1, 2, 4, 8, 8, 8, 1], strict=True):
@@ -172,20 +192,29 @@ def test_a_day_of_silence_does_not_overflow() -> None:
     assert math.isfinite(window.deadline_s)
 
 
-@pytest.mark.parametrize(
-    ("pieces", "retry_s", "retry_max_s"), [(0, 1.0, 8.0), (4, 0.0, 8.0), (4, 9.0, 8.0)]
-)
-def test_windows_that_cannot_work_are_our_own_bug(
-    pieces: int, retry_s: float, retry_max_s: float
-) -> None:
-    with pytest.raises(ProtocolMisuse, match=f"a window of {pieces} pieces"):
-        Window(
-            Assembly(10, 1),
-            window_pieces=pieces,
-            retry_s=retry_s,
-            retry_max_s=retry_max_s,
-            rng=Random(0),
-        )
+@pytest.mark.parametrize(("retry_s", "retry_max_s"), [(0.0, 8.0), (9.0, 8.0)])
+def test_windows_that_cannot_work_are_our_own_bug(retry_s: float, retry_max_s: float) -> None:
+    with pytest.raises(ProtocolMisuse, match=f"retries after {retry_s} to {retry_max_s} s"):
+        Window(Assembly(10, 1), retry_s=retry_s, retry_max_s=retry_max_s, rng=Random(0))
+
+
+def test_what_comes_by_other_means_is_asked_for_only_after_a_silence() -> None:
+    assembly = Assembly(100, 10)
+    asking = window_of(assembly, 4)
+    asking.window.expect_all(0.0)
+    for index in range(9):
+        assert asking.want(0.1 * index) == ()
+        if index != 3:
+            place(assembly, index, 10)
+    assert asking.want(asking.deadline_s - 0.001) == ()
+    assert asking.want(asking.deadline_s) == ((3, 4), (9, 10))
+
+
+@given(arrived=st.sets(st.integers(0, 39)))
+def test_arrived_and_missing_are_complements(arrived: set[int]) -> None:
+    assembly = assembly_with(40, arrived)
+    assert indexes(assembly.arrived()) == sorted(arrived)
+    assert indexes(assembly.missing(40)) == sorted(set(range(40)) - arrived)
 
 
 @settings(max_examples=150, deadline=None)
@@ -218,7 +247,7 @@ def test_lost_repeated_and_reordered_pieces_always_assemble(
             now_s += 0.01
             index = under_way.pop(channel.randrange(len(under_way)))
             start, stop = piece_range(index, size, piece)
-            offset = assembly.place(index, stop - start)
+            offset = place(assembly, index, stop - start)
             if offset is not None:
                 received[offset : offset + stop - start] = whole[start:stop]
         else:
@@ -237,68 +266,5 @@ def test_without_loss_every_piece_is_asked_for_once() -> None:
         wanted = indexes(window.want(len(asked) / 1000))
         asked += wanted
         for index in wanted:
-            assembly.place(index, 10)
+            place(assembly, index, 10)
     assert asked == list(range(100))
-
-
-CONTENT = bytes(range(256)) * 10
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def incoming(sha256: str = SHA256) -> Incoming:
-    return Incoming(sha256, len(CONTENT), 256, 4, Random(1))
-
-
-def send(into: Incoming, ranges: Ranges, lose: Collection[int] = ()) -> None:
-    for first, stop in ranges:
-        for index in range(first, stop):
-            if index not in lose:
-                into.take(
-                    bytes.fromhex(SHA256)[:8], index, CONTENT[index * 256 : index * 256 + 256]
-                )
-
-
-def test_a_whole_arrives_in_the_windows_it_asks_for() -> None:
-    whole, now_s = incoming(), 0.0
-    while not whole.complete:
-        ranges = whole.want(now_s)
-        assert sum(stop - first for first, stop in ranges) <= 4
-        send(whole, ranges)
-        now_s += 0.1
-    whole.verify()
-    assert bytes(whole.content) == CONTENT
-    assert whole.want(now_s) == ()
-
-
-def test_what_was_lost_is_asked_for_again_at_the_deadline() -> None:
-    whole = incoming()
-    send(whole, whole.want(0.0), lose=(1,))
-    for now_s in (0.1, 0.2, 0.3):
-        send(whole, whole.want(now_s))
-    assert not whole.complete
-    assert whole.want(whole.deadline_s) == ((1, 2),)
-
-
-def test_after_a_lost_link_everything_missing_is_asked_for_at_once() -> None:
-    whole = incoming()
-    assert whole.want(0.0) == ((0, 4),)
-    assert whole.want(0.1) == ()
-    whole.forget_asked()
-    assert whole.want(0.2) == ((0, 4),)
-
-
-def test_pieces_of_another_whole_and_duplicates_change_nothing() -> None:
-    whole = incoming()
-    assert not whole.take(b"another!", 0, CONTENT[:256])
-    assert whole.take(bytes.fromhex(SHA256)[:8], 0, CONTENT[:256])
-    assert not whole.take(bytes.fromhex(SHA256)[:8], 0, bytes(256))
-    assert bytes(whole.content[:256]) == CONTENT[:256]
-
-
-def test_a_whole_without_its_hash_is_refused() -> None:
-    whole = incoming("00" * 32)
-    for index in range(10):
-        whole.take(bytes(8), index, CONTENT[index * 256 : index * 256 + 256])
-    assert whole.complete
-    with pytest.raises(MalformedMessage, match="announced was 0000"):
-        whole.verify()
