@@ -260,6 +260,7 @@ class Coordinator:
             except PeerError as error:
                 self._dropped += 1
                 log.warning("dropped a message on %s: %s", event.topic, error)
+            self._down.tend()  # who is served must not wait for all who come after
         elif isinstance(event, Counted):
             now_s = time.monotonic()
             self._answer(event.arrival.device, self._ingest.counted(event, now_s), now_s)
@@ -270,6 +271,7 @@ class Coordinator:
             self._say({"event": "link", "protocol": event.protocol})
         elif isinstance(event, LinkDown):
             log.warning("link to the broker is down: %s", event.reason)
+            self._down.lost()
             self._settings.look_after()
         elif isinstance(event, TakenOver):
             raise StateError(

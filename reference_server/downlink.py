@@ -60,7 +60,7 @@ class Downlink:
         layout = state_dir / "layout.json"
         self._broadcast = Broadcast(layout, self._link, self.topics, versions, broker)
         self._manifest: Manifest | None = None
-        self._head_due = False
+        self._up = self._head_due = False
 
     def start(self) -> None:
         """Begin to connect, in the background."""
@@ -88,7 +88,8 @@ class Downlink:
     @property
     def ready(self) -> bool:
         """Whether devices can be told of the current version and would be heard."""
-        return self._broadcast.ready and self._link.connected and self._data_link.connected
+        connected = self._up and self._link.connected and self._data_link.connected
+        return connected and self._broadcast.ready
 
     @property
     def piece_bytes(self) -> int:
@@ -112,11 +113,16 @@ class Downlink:
 
     def reconnected(self) -> None:
         """A new connection: what the broker takes, and still has, may be something else."""
+        self._up = True
         self._feed.reconnected()
         if self._manifest is not None:
             self._broadcast.place(self._manifest.blocks, self.piece_bytes)
         self._broadcast.connected()
         self._head_due = True
+
+    def lost(self) -> None:
+        """The connection is gone; ``reconnected`` tells of the next one."""
+        self._up = False
 
     def heard_itself(self, event: Arrived) -> bool:
         """Whether a message was one of the server's own, and no device's."""

@@ -160,6 +160,8 @@ class Watcher:
         self.topics = Topics(job)
         self.link = Link(url, f"watcher-{side}", self.inbox)
         self.link.subscribe(f"{self.topics.root}/{side}/+")
+        if side == "u":
+            self.link.subscribe(self.topics.all_data)
         self.link.subscribe(self.topics.head)
 
     def __enter__(self) -> Watcher:
