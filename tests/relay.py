@@ -31,6 +31,28 @@ CONTROL_LIMIT_S = 5.0
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
+class LoopThread:
+    """An event loop in a thread of its own, for tools that tests drive from outside."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+
+    def start(self) -> None:
+        """Run the loop."""
+        self._thread.start()
+
+    def call(self, action: Coroutine[Any, Any, None]) -> None:
+        """Run it there and wait for its end."""
+        asyncio.run_coroutine_threadsafe(action, self.loop).result(CONTROL_LIMIT_S)
+
+    def stop(self) -> None:
+        """Stop the loop and wait for the thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
 class Way:
     """One direction of the link, shared by all its connections: when bytes may pass."""
 
@@ -90,8 +112,8 @@ class Relay:
         self._cut_range: tuple[int, int] | None = None
         self._pairs: list[Pair] = []
         self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread = LoopThread()
+        self._loop = self._thread.loop
         self._server: asyncio.Server | None = None
         self._flowing: asyncio.Event
         self.port = 0
@@ -103,15 +125,13 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self._thread.start()
-        self._control(self._prepare())
-        self._control(self._listen())
+        self._thread.call(self._prepare())
+        self._thread.call(self._listen())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._control(self._shut())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.call(self._shut())
+        self._thread.stop()
 
     @property
     def url(self) -> str:
@@ -120,11 +140,11 @@ class Relay:
 
     def cut(self) -> None:
         """Reset every connection now."""
-        self._control(self._cut_all())
+        self._thread.call(self._cut_all())
 
     def cut_after_up_bytes(self, count: int) -> None:
         """Reset each present connection once this many more bytes went up, not one byte later."""
-        self._control(self._arm(count))
+        self._thread.call(self._arm(count))
 
     def cut_every(self, low_bytes: int, high_bytes: int) -> None:
         """Reset every later connection after a random number of bytes up within these bounds."""
@@ -136,7 +156,7 @@ class Relay:
 
     def stall_after_up_bytes(self, count: int, client_port: int) -> None:
         """As ``stall``, as soon as the client at that port has sent this many more bytes up."""
-        self._control(self._arm_stall(count, client_port))
+        self._thread.call(self._arm_stall(count, client_port))
 
     def stall_for(self, seconds: float) -> None:
         """Stall now and flow again by itself; an outage that closes nothing. Does not wait."""
@@ -150,12 +170,12 @@ class Relay:
 
     def refuse(self) -> None:
         """Reset all connections and stop listening: the next attempt is refused."""
-        self._control(self._stop_listening())
+        self._thread.call(self._stop_listening())
         self.cut()
 
     def accept(self) -> None:
         """Listen again, on the same port."""
-        self._control(self._listen())
+        self._thread.call(self._listen())
 
     def wait_until(self, condition: Callable[[Relay], bool], timeout_s: float = 5.0) -> bool:
         """Wait until a statement about the counters and ``open_connections`` holds."""
@@ -166,9 +186,6 @@ class Relay:
     def open_connections(self) -> int:
         """Connections alive right now."""
         return len(self._pairs)
-
-    def _control(self, action: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(action, self._loop).result(CONTROL_LIMIT_S)
 
     async def _prepare(self) -> None:
         self._flowing = asyncio.Event()

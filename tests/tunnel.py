@@ -222,7 +222,12 @@ class Line:
         self.way = Way()
 
     def take(self, packet: bytes, now_s: float, dark: bool) -> None:
-        """A packet the sender's kernel put on the line."""
+        """A packet the sender's kernel put on the line; IPv6, which nobody asked for, is not one.
+
+        Its neighbour discovery would use up draws of the seed.
+        """
+        if packet[0] >> 4 != 4:
+            return
         way, settings = self.way, self._settings
         way.sent_packets += 1
         way.sent_bytes += len(packet)
@@ -259,8 +264,8 @@ class Line:
 
 
 def tcp_payload_bytes(packet: bytes) -> int:
-    """Of an IPv4 packet; 0 where it is none or carries something else."""
-    if len(packet) < 20 or packet[0] >> 4 != 4 or packet[9] != _TCP:
+    """Of an IPv4 packet; 0 where it carries something else."""
+    if len(packet) < 20 or packet[9] != _TCP:
         return 0
     ip_bytes = (packet[0] & 15) * 4
     if len(packet) < ip_bytes + 20:
