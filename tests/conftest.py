@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.link import LinkEvent
-from reference_server.broker import BrokerProcess, choose, find_mosquitto
+from reference_server.broker import BrokerProcess, Kind, choose, find_mosquitto
 from tests.brokers import OpenBroker
 from tests.tunnel import tunnel_reason
 
@@ -28,9 +28,9 @@ def need(missing: str | None) -> None:
 
 
 @pytest.fixture(params=["mosquitto", "amqtt"])
-def broker_kind(request: pytest.FixtureRequest) -> str:
+def broker_kind(request: pytest.FixtureRequest) -> Kind:
     """Every test that uses it runs against both brokers."""
-    kind: str = request.param
+    kind: Kind = request.param
     if kind == "mosquitto" and find_mosquitto() is None:
         need("mosquitto is not installed: apt install mosquitto")
     return kind

@@ -99,11 +99,13 @@ class Relay:
         target_port: int,
         *,
         target_host: str = "127.0.0.1",
+        host: str = "127.0.0.1",
         seed: int = 0,
         delay_s: float = 0.0,
         rate_bytes_per_s: float | None = None,
     ) -> None:
         self._target = (target_host, target_port)
+        self._host = host
         self._delay_s = delay_s
         self._up, self._down = Way(rate_bytes_per_s), Way(rate_bytes_per_s)
         self._slow = rate_bytes_per_s is not None
@@ -136,7 +138,7 @@ class Relay:
     @property
     def url(self) -> str:
         """The address a client should use instead of the broker's."""
-        return f"mqtt://127.0.0.1:{self.port}"
+        return f"mqtt://{self._host}:{self.port}"
 
     def cut(self) -> None:
         """Reset every connection now."""
@@ -192,7 +194,7 @@ class Relay:
         self._flowing.set()
 
     async def _listen(self) -> None:
-        listener = socket.create_server(("127.0.0.1", self.port))
+        listener = socket.create_server((self._host, self.port))
         if self._slow:  # the kernel's buffer would swallow megabytes that the link cannot carry
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         self._server = await asyncio.start_server(

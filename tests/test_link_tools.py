@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from reference_server.broker import Kind
 from tests.brokers import OpenBroker
 from tests.limited_broker import (
     AWS_IOT_CORE,
@@ -48,6 +49,14 @@ sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 sock.connect((sys.argv[1], int(sys.argv[2])))
 for number in range(int(sys.argv[3])):
     sock.send(number.to_bytes(2, "big") + bytes(int(sys.argv[4])))
+"""
+PUBLISH_MQTT = """
+import sys
+from tests.raw_mqtt import Swarm
+with Swarm(int(sys.argv[2]), host=sys.argv[1]) as swarm:
+    client = swarm.connect("far")
+    client.publish("far", bytes(100_000))
+    assert swarm.run(lambda: swarm.pending == 0)
 """
 KILLED = """
 import os, signal
@@ -235,6 +244,25 @@ def test_tcp_survives_a_dark_second() -> None:
         traffic = link.traffic()
     assert traffic.up.dark_packets > 0
     assert traffic.up.payload_bytes > 256_000, "what went into the dark was sent again"
+
+
+@needs_tunnel
+def test_a_broker_at_the_near_end_of_a_tunnel(broker_kind: Kind, tmp_path: Path) -> None:
+    with Tunnel(rate_bytes_per_s=1e6, delay_s=0.02) as link:
+        broker = OpenBroker(broker_kind, tmp_path, bind=link.server_ip)
+        broker.start()
+        try:
+            with Swarm(broker.port, host=link.server_ip) as swarm:
+                reader = swarm.connect("near")
+                reader.subscribe("far")
+                assert swarm.run(lambda: reader.subscriptions == 1)
+                words = (PUBLISH_MQTT, link.server_ip, broker.port)
+                command = link.command(sys.executable, "-c", *map(str, words))
+                subprocess.run(command, cwd=ROOT, check=True)
+                assert swarm.run(lambda: reader.payload_bytes == 100_000)
+            assert link.traffic().up.payload_bytes >= 100_000
+        finally:
+            broker.stop()
 
 
 @needs_tunnel

@@ -1,7 +1,7 @@
 """A bad link for real TCP stacks: two TUN devices with a process between them that spoils it.
 
 One device is in a network namespace of its own, where a test starts what plays the remote machine
-(``ip netns exec``); the other stands in the namespace the test runs in. The process between them
+(``command``); the other stands in the namespace the test runs in. The process between them
 delays, drops and limits IP packets, or goes dark, so both kernels' TCP sees a real line. Traffic
 control would be simpler, but not every kernel has netem. Where the namespace or a device of a
 killed run was left over, the next run removes it.
@@ -93,8 +93,8 @@ def tunnel_reason() -> str | None:
         return f"TUN devices and network namespaces are Linux's, this is {sys.platform}"
     if os.geteuid() != 0:
         return f"a network namespace needs root, this is user {os.geteuid()}"
-    if _ip_path() is None:
-        return "the command ip is not installed: apt install iproute2"
+    if _ip_path() is None or shutil.which("nsenter") is None:
+        return "the commands ip and nsenter are needed: apt install iproute2 util-linux"
     try:
         os.close(_open_tun(f"{PREFIX}{os.getpid()}-try"))
     except OSError as error:
@@ -152,7 +152,8 @@ class Tunnel:
 
     def command(self, *words: str | Path) -> list[str]:
         """The same command, run at the far end of the link; its process id stays one's own."""
-        return [_ip_path() or "ip", "netns", "exec", self.namespace, *map(str, words)]
+        # ``ip netns exec`` would also hide /sys/fs/cgroup, which a device looks into.
+        return ["nsenter", f"--net={NAMESPACES / self.namespace}", *map(str, words)]
 
     def dark(self, is_dark: bool) -> None:
         """Lose every packet from now on, also those under way; or no more."""
