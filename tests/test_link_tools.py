@@ -115,11 +115,12 @@ def test_a_relay_limits_the_rate() -> None:
     assert 0.55 <= last_s < 0.9
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.05])
 @pytest.mark.parametrize("rate_bytes_per_s", [RELAY_RATE_BYTES_PER_S, None])
-def test_who_sends_too_fast_has_to_wait(rate_bytes_per_s: float | None) -> None:
+def test_who_sends_too_fast_has_to_wait(rate_bytes_per_s: float | None, delay_s: float) -> None:
     with (
         sink() as (port, _, _),
-        Relay(port, rate_bytes_per_s=rate_bytes_per_s) as relay,
+        Relay(port, rate_bytes_per_s=rate_bytes_per_s, delay_s=delay_s) as relay,
         socket.create_connection(("127.0.0.1", relay.port)) as sender,
     ):
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -176,8 +177,7 @@ def send_udp(tunnel: Tunnel, count: int, size_bytes: int = 100) -> list[int]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind((tunnel.server_ip, 0))
         before = tunnel.traffic().up
-        words = (SEND_UDP, tunnel.server_ip, receiver.getsockname()[1], count, size_bytes)
-        subprocess.run(tunnel.command(sys.executable, "-c", *map(str, words)), check=True)
+        fire_udp(tunnel, receiver.getsockname()[1], count, size_bytes)
         eventually(lambda: _landed(tunnel.traffic()) >= count + _landed(Traffic(up=before)))
         receiver.setblocking(False)
         numbers: list[int] = []
@@ -186,6 +186,12 @@ def send_udp(tunnel: Tunnel, count: int, size_bytes: int = 100) -> list[int]:
                 numbers.append(int.from_bytes(receiver.recv(2048)[:2], "big"))
             except BlockingIOError:
                 return numbers
+
+
+def fire_udp(tunnel: Tunnel, port: int, count: int, size_bytes: int) -> None:
+    """Put them on the line, and do not wait for what becomes of them."""
+    words = (SEND_UDP, tunnel.server_ip, port, count, size_bytes)
+    subprocess.run(tunnel.command(sys.executable, "-c", *map(str, words)), check=True)
 
 
 def _landed(traffic: Traffic) -> int:
@@ -235,6 +241,25 @@ def test_a_dark_tunnel_carries_nothing_until_it_is_lit() -> None:
         assert link.traffic().up.dark_packets == 20
         link.dark(False)
         assert send_udp(link, 20) == list(range(20))
+
+
+@needs_tunnel
+def test_the_dark_takes_what_is_sent_and_what_is_under_way() -> None:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        Tunnel(rate_bytes_per_s=10e6, delay_s=0.6) as link,
+    ):
+        receiver.bind((link.server_ip, 0))
+        port = receiver.getsockname()[1]
+        fire_udp(link, port, 20, 100)
+        link.dark(True)
+        fire_udp(link, port, 10, 100)
+        eventually(lambda: link.traffic().up.dark_packets == 30)
+        fire_udp(link, port, 10, 100)
+        link.dark(False)
+        fire_udp(link, port, 7, 100)
+        eventually(lambda: _landed(link.traffic()) == 47)
+        assert (link.traffic().up.dark_packets, link.traffic().up.arrived_packets) == (40, 7)
 
 
 @needs_tunnel
