@@ -251,7 +251,8 @@ class _Session:
             head, size_bytes = await _read_head(self._far_reader)
             body = await self._far_reader.readexactly(size_bytes)
             kind = head[0] >> 4
-            if kind == CONNACK and self._level == 5:
+            # A refusal may be in the older form, without properties.
+            if kind == CONNACK and self._level == 5 and len(body) > 2:
                 self._writer.write(packet(head[0], connack_body(body, self._broker.limits)))
             else:
                 self._unacknowledged -= kind == PUBACK

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from reference_server.broker import Kind
+from reference_server.broker import BrokerProcess, Kind
 from tests.brokers import OpenBroker
 from tests.limited_broker import (
     AWS_IOT_CORE,
@@ -539,6 +539,14 @@ def test_a_broker_without_mqtt_5(mosquitto: OpenBroker, code: int) -> None:
             assert client.refused_code == code
         with Swarm(broker.port, level=4) as swarm:
             assert publishes(swarm, swarm.connect("old"), "a", b"x")
+
+
+@pytest.mark.parametrize("broker_kind", ["amqtt"], indirect=True)
+def test_a_brokers_own_refusal_passes_unchanged(broker: BrokerProcess) -> None:
+    with LimitedBroker(broker.port, EMQX) as limited, Swarm(limited.port, level=5) as swarm:
+        client = swarm.connect("modern")
+        assert swarm.run(lambda: client.closed)
+        assert client.refused_code == 1
 
 
 def test_a_brokers_settings_are_replaced_not_repeated(
