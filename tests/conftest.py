@@ -14,18 +14,26 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.link import LinkEvent
-from reference_server.broker import BrokerProcess, choose, find_mosquitto
+from reference_server.broker import BrokerProcess, Kind, choose, find_mosquitto
+from tests.brokers import OpenBroker
+from tests.tunnel import tunnel_reason
+
+
+def need(missing: str | None) -> None:
+    """Skip the test where something is missing, with the words why; fail in CI."""
+    if missing is None:
+        return
+    if "CI" in os.environ:
+        pytest.fail(f"{missing} (a skipped test proves nothing in CI)")
+    pytest.skip(missing)
 
 
 @pytest.fixture(params=["mosquitto", "amqtt"])
-def broker_kind(request: pytest.FixtureRequest) -> str:
+def broker_kind(request: pytest.FixtureRequest) -> Kind:
     """Every test that uses it runs against both brokers."""
-    kind: str = request.param
+    kind: Kind = request.param
     if kind == "mosquitto" and find_mosquitto() is None:
-        message = "mosquitto is not installed: apt install mosquitto"
-        if "CI" in os.environ:
-            pytest.fail(message + " (a skipped test proves nothing in CI)")
-        pytest.skip(message)
+        need("mosquitto is not installed: apt install mosquitto")
     return kind
 
 
@@ -37,6 +45,23 @@ def broker(broker_kind: str, tmp_path: Path) -> Iterator[BrokerProcess]:
     process.start()
     yield process
     process.stop()
+
+
+@pytest.fixture(scope="session")
+def needs_tunnel() -> None:
+    """Only where ``tests.tunnel`` can make its devices; the skip says why it cannot."""
+    need(tunnel_reason())
+
+
+@pytest.fixture(scope="module")
+def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenBroker]:
+    """One mosquitto with the server's own settings for all tests of a file."""
+    if find_mosquitto() is None:
+        need("mosquitto is not installed: apt install mosquitto")
+    broker = OpenBroker("mosquitto", tmp_path_factory.mktemp("mosquitto"))
+    broker.start()
+    yield broker
+    broker.stop()
 
 
 @pytest.fixture
