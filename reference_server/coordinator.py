@@ -81,7 +81,7 @@ class ServerSettings:
     task_path: Path
     state_dir: Path
     strategy: str = "last_blocks"
-    codec: str = "int8"
+    codec: str = "balanced"
     rounds: int = 10
     seed: int = 0
     min_devices: int = 1

@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_sdk.codec import block_hash, decode_change, encode_block
+from edge_sdk.codec import block_hash, encode_block
 from edge_sdk.errors import DamagedBlock, ProtocolMisuse
+from edge_sdk.merge import BlockSum
 from edge_sdk.model import BlockModel
 from edge_sdk.plan import FrozenPrefix, Plan
 from edge_sdk.store import BlockCache, Spool
@@ -141,7 +142,7 @@ class Bench:
             blocks=self.publish(),
             strategy="last_blocks",
             open_blocks=self.model.spec.names,
-            codec="int8",
+            codec="balanced",
             deadline_s=60.0,
             training=training,
         )
@@ -149,7 +150,7 @@ class Bench:
             blocks=blocks,
             batch_size=8,
             micro_batch=4,
-            codec="int8",
+            codec="balanced",
             prefix=prefix,
             peak_bytes=11,
             budget_bytes=1 << 30,
@@ -215,13 +216,12 @@ def test_a_plan_carried_out_is_an_update_in_the_spool(bench: Bench) -> None:
     assert trained.round == 1
     header, parts = bench.update(1)
     assert (header.round, header.ticket, header.base_sha) == (1, bytes(16), "ab" * 32)
-    assert (header.codec, header.num_examples) == ("int8", SAMPLES)
+    assert (header.codec, header.num_examples) == ("balanced", SAMPLES)
     assert list(parts) == ["1", "2"]
-    decoded = {
-        tensor.name: q * 2.0**exponent
-        for name, payload in parts.items()
-        for tensor, q, exponent in decode_change("int8", bench.model.spec.block(name), payload)
-    }
+    total = {name: BlockSum.zero(bench.model.spec.block(name)) for name in parts}
+    for name, payload in parts.items():
+        total[name].fold(header.codec, payload, 1)
+    decoded = total["1"].numerators() | total["2"].numerators()
     assert decoded["1.num_batches_tracked"] == 6  # micro-batches of 4 of 24 samples
     assert np.any(decoded["2.weight"] != 0)
     assert header.metrics.steps == 3
