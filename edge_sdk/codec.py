@@ -42,7 +42,7 @@ everything that can be wrong is found before the first integer is handed out (se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
@@ -205,12 +205,7 @@ def decode_change(codec: str, block: Block, payload: Buffer) -> Iterator[Part]:
 
 def encode_block(block: Block, tensors: Tensors) -> bytes:
     """Lossless payload of a whole block; its raw content where compression does not pay."""
-    body = np.empty(block.size_bytes, np.uint8)
-    planes = dict(zip(DTYPE_BYTES, cut(body, _block_groups(block)), strict=True))
-    at = dict.fromkeys(DTYPE_BYTES, 0)
-    for spec in block.tensors:
-        put(planes[spec.dtype], at[spec.dtype], little(flat_array(block, spec, tensors)))
-        at[spec.dtype] += spec.elements
+    body = _in_planes(block, (_content(block, spec, tensors) for spec in block.tensors))
     packed = compress(body)
     return packed if len(packed) < body.size else b"".join(raw_parts(block, tensors))
 
@@ -220,26 +215,36 @@ def decode_block(block: Block, payload: Buffer) -> dict[str, Array]:
 
     Raises DamagedBlock. The caller compares ``block_hash`` with the hash it asked for.
     """
-    size_bytes = block.size_bytes
-    sizes, where = range(size_bytes, size_bytes + 1), f"block {block.name!r}"
-    content = decompress(payload, sizes, where, DamagedBlock, raw=True)
-    body = np.frombuffer(content, np.uint8)
-    read = _read_raw if len(payload) == size_bytes else _read_planes
+    content = _unpacked(block, payload, raw=True)
+    read = _read_raw if len(payload) == block.size_bytes else _read_planes
+    return {spec.name: _tensor(block, spec, words) for spec, words in read(block, content)}
+
+
+def encode_block_delta(block: Block, base: Tensors, new: Tensors) -> bytes:
+    """Lossless payload of a block for who holds ``base``, shorter where little has changed."""
+    return compress(_in_planes(block, (_distance(block, s, base, new) for s in block.tensors)))
+
+
+def decode_block_delta(block: Block, base: Tensors, payload: Buffer) -> dict[str, Array]:
+    """Tensors of a block, writable, of which ``payload`` is the difference to ``base``.
+
+    Raises DamagedBlock. The caller compares ``block_hash`` with the hash it asked for: over another
+    base the difference decodes to another block.
+    """
     tensors = {}
-    for spec, words in read(block, body):
-        if spec.dtype == "bool" and words.size and words.view(np.uint8).max() > 1:
-            raise DamagedBlock(
-                f"block {block.name!r}, tensor {spec.name!r}: a bool of value "
-                f"{words.view(np.uint8).max()}, the limit is 1; fetch the block again"
-            )
-        tensors[spec.name] = words.astype(spec.dtype, copy=False).reshape(spec.shape)
+    for spec, words in _read_planes(block, _unpacked(block, payload, raw=False)):
+        moved = words.view(_patterns(words))
+        # The lowest bit is the sign: 0, -1, 1, -2 ... back from 0, 1, 2, 3.
+        moved = (moved >> 1) ^ (~(moved & 1) + moved.dtype.type(1))
+        moved += _content(block, spec, base).view(moved.dtype)
+        tensors[spec.name] = _tensor(block, spec, moved.view(words.dtype))
     return tensors
 
 
 def raw_parts(block: Block, tensors: Tensors) -> Iterator[memoryview]:
     """Yield the raw little-endian bytes of each tensor, in the block's order."""
     for spec in block.tensors:
-        yield little(flat_array(block, spec, tensors)).view(np.uint8).data
+        yield _content(block, spec, tensors).view(np.uint8).data
 
 
 def block_hash(block: Block, tensors: Tensors) -> str:
@@ -457,6 +462,50 @@ def _refuse_value(
         f"block {block.name!r}, tensor {spec.name!r}, element {index}: a change of {value:g}, "
         f"the limit is +-{limit:g}; training diverged, lower the learning rate"
     )
+
+
+def _content(block: Block, spec: TensorSpec, tensors: Tensors) -> Array:
+    return little(flat_array(block, spec, tensors))
+
+
+def _patterns(words: Array) -> np.dtype[Any]:
+    """The unsigned integers of the same width."""
+    return np.dtype(f"<u{words.dtype.itemsize}")
+
+
+def _distance(block: Block, spec: TensorSpec, base: Tensors, new: Tensors) -> Array:
+    """How far the bit patterns have moved: twice the distance, and 1 more if downwards."""
+    old, now = _content(block, spec, base), _content(block, spec, new)
+    moved: Array = now.view(_patterns(now)) - old.view(_patterns(old))
+    downwards = moved >> (8 * moved.dtype.itemsize - 1)
+    moved <<= 1
+    moved ^= ~downwards + moved.dtype.type(1)
+    return moved
+
+
+def _in_planes(block: Block, contents: Iterable[Array]) -> Planes:
+    """The words of all tensors, in planes by dtype."""
+    body = np.empty(block.size_bytes, np.uint8)
+    planes = dict(zip(DTYPE_BYTES, cut(body, _block_groups(block)), strict=True))
+    at = dict.fromkeys(DTYPE_BYTES, 0)
+    for spec, words in zip(block.tensors, contents, strict=True):
+        put(planes[spec.dtype], at[spec.dtype], words)
+        at[spec.dtype] += spec.elements
+    return body
+
+
+def _unpacked(block: Block, payload: Buffer, *, raw: bool) -> Planes:
+    sizes, where = range(block.size_bytes, block.size_bytes + 1), f"block {block.name!r}"
+    return np.frombuffer(decompress(payload, sizes, where, DamagedBlock, raw=raw), np.uint8)
+
+
+def _tensor(block: Block, spec: TensorSpec, words: Array) -> Array:
+    if spec.dtype == "bool" and words.size and words.view(np.uint8).max() > 1:
+        raise DamagedBlock(
+            f"block {block.name!r}, tensor {spec.name!r}: a bool of value "
+            f"{words.view(np.uint8).max()}, the limit is 1; fetch the block again"
+        )
+    return words.astype(spec.dtype, copy=False).reshape(spec.shape)
 
 
 def _block_groups(block: Block) -> list[tuple[int, int]]:

@@ -594,3 +594,55 @@ def test_damaged_blocks_are_refused() -> None:
         codec.decode_block(LAYER, rle_frame(0xFFFFFFFF, 1000))
     with pytest.raises(DamagedBlock, match="'t': a bool of value 3"):
         codec.decode_block(one("bool", 2), b"\x01\x03")
+
+
+# --- differences of blocks, down ---------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(block=blocks(), seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([0.0, 1e-4, 1e3]))
+def test_a_difference_of_blocks_survives_bit_for_bit(block: Block, seed: int, scale: float) -> None:
+    base, new = pair(block, seed, scale)
+    payload = codec.encode_block_delta(block, base, new)
+    decoded = codec.decode_block_delta(block, base, payload)
+    assert codec.block_hash(block, decoded) == codec.block_hash(block, new)
+    for spec in block.tensors:
+        assert (decoded[spec.name].dtype, decoded[spec.name].shape) == (spec.dtype, spec.shape)
+        assert decoded[spec.name].flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS])
+def test_any_two_bit_patterns_have_a_difference(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    width = np.dtype(dtype).itemsize
+    block = one(dtype, 5000)
+    base, new = (rng.integers(0, 256, (5000, width), np.uint8) for _ in range(2))
+    if dtype == "bool":
+        base, new = base & 1, new & 1
+    arrays = [{"t": bits.reshape(-1).view(dtype)} for bits in (base, new)]
+    payload = codec.encode_block_delta(block, *arrays)
+    decoded = codec.decode_block_delta(block, arrays[0], payload)
+    assert decoded["t"].tobytes() == arrays[1]["t"].tobytes()
+
+
+def test_a_small_difference_is_shorter_than_the_block() -> None:
+    block = one("float32", 50_000)
+    rng = np.random.default_rng(0)
+    base = random_tensors(block, rng)
+    new = {"t": base["t"] + (1e-4 * rng.standard_normal(50_000)).astype(np.float32)}
+    whole = len(codec.encode_block(block, new))
+    assert len(codec.encode_block_delta(block, base, new)) < 0.75 * whole
+    assert len(codec.encode_block_delta(block, base, base)) < 100
+
+
+def test_damaged_differences_are_refused() -> None:
+    base, new = pair(LAYER)
+    payload = codec.encode_block_delta(LAYER, base, new)
+    for damaged in (*(payload[:n] for n in range(len(payload))), payload + b"x", payload * 2):
+        with pytest.raises(DamagedBlock, match=r"block 'body.1'"):
+            codec.decode_block_delta(LAYER, base, damaged)
+    with pytest.raises(DamagedBlock, match="names 4294967295 bytes"):
+        codec.decode_block_delta(LAYER, base, rle_frame(0xFFFFFFFF, 1000))
+    falsehood = {"t": np.array([True, False])}
+    with pytest.raises(DamagedBlock, match="'t': a bool of value 2"):
+        codec.decode_block_delta(one("bool", 2), falsehood, frame(b"\x02\x00"))
