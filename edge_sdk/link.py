@@ -35,8 +35,9 @@ SHORT_LIFE_S = 5.0
 TAKEOVER_LIMIT = 5
 # What the kernel may hold unsent: more only makes pings and receipts wait on a slow link.
 NOTSENT_LOWAT_BYTES = 1 << 14
-# Bulk data that a connection holds without the broker's acknowledgement: it keeps a link of 200 ms
-# and 10 Mbit/s busy, is what the process holds in memory, and what a cut makes us send again.
+# Bulk data that a connection holds without the broker's acknowledgement, and one message more: it
+# keeps a link of 200 ms and 10 Mbit/s busy, is what the process holds in memory, and what a cut
+# makes us send again.
 SEND_WINDOW_BYTES = 256 * 1024
 
 _RARELY = 16  # failures after which the wait is at its cap
@@ -227,7 +228,7 @@ class Alarm:
 class Window:
     """Publishes the broker has not acknowledged. Never calls paho while it holds its lock.
 
-    ``drained`` is called, without the lock, when they fall to half of SEND_WINDOW_BYTES.
+    ``drained`` is called, without the lock, when they fall to SEND_WINDOW_BYTES.
     """
 
     def __init__(self, drained: Callable[[], None] = lambda: None) -> None:
@@ -301,7 +302,7 @@ class Window:
         self.count -= 1
         self.size_bytes -= size_bytes
         self._changed.notify_all()
-        return self.size_bytes <= SEND_WINDOW_BYTES // 2 < before_bytes
+        return self.size_bytes <= SEND_WINDOW_BYTES < before_bytes
 
 
 class Vigil:

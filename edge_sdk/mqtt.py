@@ -166,7 +166,7 @@ class Link:
     @property
     def has_room(self) -> bool:
         """Whether a bulk message may be handed over; when not, ``Drained`` tells that it may."""
-        return self._connected and self.pending_bytes < SEND_WINDOW_BYTES
+        return self._connected and self.pending_bytes <= SEND_WINDOW_BYTES
 
     def pause_s(self) -> float:
         """Seconds to wait before the next bulk message, by the limits of this kind of broker."""

@@ -17,6 +17,7 @@ from edge_sdk.session import Retry
 from edge_sdk.store import Spool, SpoolEntry
 from edge_sdk.wire import (
     DEFAULT_PIECE_BYTES,
+    MAX_PIECE_BYTES,
     Open,
     Receipt,
     Topics,
@@ -27,14 +28,14 @@ from edge_sdk.wire import (
 
 # One answer to a Want: what a server may make this device send, whatever it asks for.
 MAX_PIECES_PER_WANT = 64
-# A piece has to pass within a fraction of a keepalive, else pings and receipts wait behind it.
-PIECE_S = 4.0
+# A piece passes in so little that nothing waits long behind it, and a cut costs little.
+PIECE_S = 0.5
 MIN_PIECE_BYTES = 4096
 
 
 def piece_limit_bytes(uplink_bytes_per_s: float) -> int:
     """Largest piece worth sending over such a link."""
-    return int(min(DEFAULT_PIECE_BYTES, max(MIN_PIECE_BYTES, PIECE_S * uplink_bytes_per_s)))
+    return int(min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, PIECE_S * uplink_bytes_per_s)))
 
 
 class Outbox:

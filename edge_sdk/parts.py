@@ -17,6 +17,7 @@ from random import Random
 from edge_sdk.errors import MalformedMessage
 from edge_sdk.pieces import Assembly, Ranges, Window, piece_range
 from edge_sdk.store import READ_CHUNK_BYTES, disk_errors, read_piece
+from edge_sdk.wire import Piece
 
 PART_SUFFIX, JOURNAL_SUFFIX = ".part", ".journal"
 
@@ -93,19 +94,20 @@ class Incoming:
         """Ranges [first, stop) to ask for now; empty while waiting."""
         return self._window.want(now_s, window_pieces)
 
-    def take(self, transfer: bytes, index: int, data: bytes) -> bool:
+    def take(self, piece: Piece) -> bool:
         """Put a piece in its place; False when it is another transfer's or a duplicate.
 
         MalformedMessage when it fits nowhere.
         """
-        if transfer != self._transfer:
+        index, data = piece.index, piece.data
+        if piece.transfer != self._transfer:
             return False
         offset = self._assembly.place_of(index, len(data))
         if offset is None:
             return False
         with disk_errors("write", self.path):
             _write_at(self.path, offset, data)
-            _append(self._journal, _RECORD.pack(index, zlib.crc32(data)))
+            _append(self._journal, _RECORD.pack(index, piece.crc))
         self._assembly.mark(index)
         return True
 

@@ -255,7 +255,9 @@ class Coordinator:
     def _connected(self) -> None:
         self._down.reconnected()
         if self._ingest.terms is not None:
-            self._ingest.terms = replace(self._ingest.terms, piece_bytes=self._down.piece_bytes)
+            self._ingest.terms = replace(
+                self._ingest.terms, piece_bytes=self._down.update_piece_bytes
+            )
 
     def _arrived(self, event: Arrived) -> None:
         if self._down.heard_itself(event):
@@ -434,7 +436,7 @@ class Coordinator:
             base_sha=row.base_sha,
             codec=self._settings.codec,
             open_blocks=self._evaluator.spec.names,
-            piece_bytes=self._down.piece_bytes,
+            piece_bytes=self._down.update_piece_bytes,
         )
 
     def _offer(self, devices: list[str]) -> None:
@@ -459,7 +461,7 @@ class Coordinator:
                     codec=terms.codec,
                     deadline_s=self._settings.round_s,
                     training=self._training,
-                    piece_bytes=terms.piece_bytes,
+                    piece_bytes=self._down.piece_bytes,
                 ),
             )
 

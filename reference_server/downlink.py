@@ -20,6 +20,7 @@ from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
 from edge_sdk.wire import (
     DEFAULT_PIECE_BYTES,
+    MAX_PIECE_BYTES,
     BlockEntry,
     Head,
     Message,
@@ -54,7 +55,7 @@ class Downlink:
         name = f"server-{job}"[:58]
         self.topics = Topics(job)
         self._link = Link(url, name, inbox, rng=rng, limits=broker)
-        self._data_link = Link(url, f"{name}-data", _OnlyWhatArrives(inbox), rng=rng)
+        self._data_link = Link(url, f"{name}-data", _OnlyWhatArrives(inbox), rng=rng, limits=broker)
         self._versions, self._boot = versions, boot
         self._feed = Feed(self._link)
         layout = state_dir / "layout.json"
@@ -93,8 +94,13 @@ class Downlink:
 
     @property
     def piece_bytes(self) -> int:
-        """Size of the pieces that this connection's packets have room for."""
+        """Size of the pieces of blocks: what every device's link can bear, whatever the broker."""
         return self._link.piece_bytes(DEFAULT_PIECE_BYTES)
+
+    @property
+    def update_piece_bytes(self) -> int:
+        """Size of the largest pieces of an update that can arrive here."""
+        return self._data_link.piece_bytes(MAX_PIECE_BYTES)
 
     def say(self, device: str, message: Message) -> None:
         """Tell one device something."""

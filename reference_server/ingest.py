@@ -24,11 +24,11 @@ from reference_server.counting import Arrival, Counted, RoundTerms
 from reference_server.ledger import Answer, Ledger, Upload
 from reference_server.trust import Tickets
 
-# Pieces asked for and not here yet, all devices together: what the broker and our queue hold, and
-# enough to keep a gigabit link busy. Each sender has at least two, or it would stop and go.
+# Bytes asked for and not here yet, all devices together: what the broker and our queue hold, and
+# enough to keep a gigabit link busy. One sender's share is at least what keeps it from stop and go,
+# so that it is 32 MiB when as many as may be are asked at the same time.
 OUTSTANDING_BYTES = 8 << 20
-WINDOW_PIECES, LEAST_WINDOW_PIECES = 16, 2
-# Those who are asked at the same time: with the least window this is 32 MiB at 60 KiB a piece.
+WINDOW_BYTES, LEAST_WINDOW_BYTES = 1 << 20, 128 << 10
 MAX_ACTIVE = 256
 # On the disk, all devices of a round together; further ones wait until others were counted.
 MAX_INCOMING_BYTES = 16 << 30
@@ -93,7 +93,7 @@ class Ingest:
         if transfer is None or transfer.counting:
             return None
         try:
-            transfer.incoming.take(piece.transfer, piece.index, piece.data)
+            transfer.incoming.take(piece)
         except StateError as error:  # a full disk, say: asked for again, later and later
             log.error("a piece of %s is not kept: %s", device, error)
             return None
@@ -179,9 +179,9 @@ class Ingest:
 
     def _ask(self, device: str, now_s: float) -> Want | None:
         incoming = self._incoming(device)
-        share = OUTSTANDING_BYTES // (incoming.piece_bytes * len(self._active))
-        window = max(LEAST_WINDOW_PIECES, min(WINDOW_PIECES, share))
-        ranges = incoming.want(now_s, window)
+        share_bytes = OUTSTANDING_BYTES // len(self._active)
+        window_bytes = max(LEAST_WINDOW_BYTES, min(WINDOW_BYTES, share_bytes))
+        ranges = incoming.want(now_s, max(1, window_bytes // incoming.piece_bytes))
         if not ranges:
             return None
         return Want(sha256=incoming.sha256, piece_bytes=incoming.piece_bytes, ranges=ranges)
