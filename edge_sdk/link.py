@@ -208,16 +208,20 @@ class Alarm:
         self.bell, self._rope = socket.socketpair()
         self.bell.setblocking(False)
         self._rope.setblocking(False)
+        self._rung = False
 
     def ring(self) -> None:
         """Wake the other side; harmless when it is awake or gone."""
-        with suppress(OSError):
-            self._rope.send(b"!")
+        if not self._rung:  # it has not looked yet at what the last ring was for
+            self._rung = True
+            with suppress(OSError):
+                self._rope.send(b"!")
 
     def silence(self) -> None:
-        """Take all rings back."""
+        """Take all rings back; what they were for is looked at after this."""
         with suppress(BlockingIOError):
             self.bell.recv(4096)
+        self._rung = False
 
     def close(self) -> None:
         """Give both sockets back."""

@@ -44,7 +44,7 @@ MAGIC = b"ed"
 # 60 KiB of data, its header and the topic stay under 64 KiB, which every broker known accepts.
 DEFAULT_PIECE_BYTES = 60 * 1024
 # Where a broker says that it takes more; larger ones gain nothing and make everybody wait.
-MAX_PIECE_BYTES = 256 * 1024
+MAX_PIECE_BYTES = 128 * 1024
 MAX_CONTROL_BYTES = 120_000
 MAX_UPDATE_HEADER_BYTES = 64 * 1024
 MAX_TRANSFER_BYTES = 1 << 34
@@ -226,7 +226,7 @@ class Piece(msgspec.Struct, frozen=True):
     transfer: bytes
     index: int
     total: int
-    data: bytes
+    data: bytes | memoryview
     crc: int
 
 
@@ -403,7 +403,7 @@ def _decode_piece(payload: bytes) -> Piece:
             f"piece message of {len(payload)} bytes, allowed {PIECE_OVERHEAD_BYTES + 1} to {limit}"
         )
     transfer, index, total, crc = _PIECE.unpack_from(payload, _HEAD.size)
-    data = payload[PIECE_OVERHEAD_BYTES:]
+    data = memoryview(payload)[PIECE_OVERHEAD_BYTES:]
     if zlib.crc32(data) != crc:
         raise MalformedMessage(f"piece {index} of {transfer.hex()}: its CRC-32 does not match")
     return Piece(transfer, index, total, data, crc)

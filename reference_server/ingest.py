@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from edge_sdk.errors import StateError
 from edge_sdk.parts import Incoming, sweep_parts
 from edge_sdk.store import make_directory
 from edge_sdk.wire import MAX_UPDATE_HEADER_BYTES, Open, Piece, Receipt, Verdict, Want
-from reference_server.counting import Arrival, Counted, RoundTerms
+from reference_server.counting import Arrival, Counted, Counting, RoundTerms
 from reference_server.ledger import Answer, Ledger, Upload
 from reference_server.trust import Tickets
 
@@ -57,24 +57,28 @@ class Ingest:
         ledger: Ledger,
         tickets: Tickets,
         directory: Path,
-        put: Callable[[Arrival], None],
+        counting: Counting,
         rng: random.Random,
     ) -> None:
-        """``put`` takes what is complete; the pieces lie in ``directory``."""
+        """``counting`` takes what is complete; the pieces lie in ``directory``."""
         self._job, self._spec, self._ledger, self._tickets = job, spec, ledger, tickets
-        self._directory, self._put, self._rng = make_directory(directory), put, rng
+        self._directory, self._counting, self._rng = make_directory(directory), counting, rng
         self._transfers: dict[str, _Transfer] = {}
         # Devices that are asked for pieces, and those that wait for it, in the order they came.
         self._active: dict[str, None] = {}
         self._waiting: dict[str, None] = {}
         self._held_bytes = 0
         self.terms: RoundTerms | None = None
+        # Devices with a verdict in that round; about others the ledger need not be asked.
+        self.judged: Container[str] = ()
 
     def open(self, device: str, message: Open, now_s: float) -> Receipt | Want:
         """Answer an announced update: its stored verdict, a refusal, or what to send first."""
-        stored = self._ledger.verdict_of(self._job, message.round, device)
-        if stored is not None:
-            return receipt_of(message, stored)
+        terms = self.terms
+        if terms is None or message.round != terms.round or device in self.judged:
+            stored = self._ledger.verdict_of(self._job, message.round, device)
+            if stored is not None:
+                return receipt_of(message, stored)
         fault = self._fault(device, message)
         if fault is not None:
             return self._judge(device, message, *fault)
@@ -98,8 +102,7 @@ class Ingest:
             log.error("a piece of %s is not kept: %s", device, error)
             return None
         if transfer.incoming.complete:
-            self._completed(device, transfer)
-            return None
+            return self._completed(device, transfer)
         return self._ask(device, now_s) if device in self._active else None
 
     def counted(self, counted: Counted, now_s: float) -> Receipt | Want:
@@ -187,10 +190,11 @@ class Ingest:
         return Want(sha256=incoming.sha256, piece_bytes=incoming.piece_bytes, ranges=ranges)
 
     def _completed(self, device: str, transfer: _Transfer) -> Want:
+        """Nothing is missing: the device may wait for its verdict."""
         assert self.terms is not None
         self._active.pop(device, None)
         transfer.counting = True
-        self._put(
+        self._counting.put(
             Arrival(
                 device=device,
                 message=transfer.message,
@@ -198,6 +202,8 @@ class Ingest:
                 terms=self.terms,
             )
         )
+        if not self._active:
+            self._counting.hurry()
         return _wait(transfer.message)
 
     def _fault(self, device: str, message: Open) -> tuple[Verdict, str] | None:
