@@ -228,6 +228,31 @@ class BlockCache:
         return freed_bytes
 
 
+class Newest:
+    """The highest version of a job that this device has taken up, for ever: it never goes back."""
+
+    def __init__(self, directory: Path, job: str) -> None:
+        """StateError when the file is there and cannot be read."""
+        self.path = make_directory(directory) / f"newest-version.{job}"
+        self.version = -1
+        if self.path.is_file():
+            with disk_errors("read", self.path):
+                text = self.path.read_bytes()[:32].strip()
+            if not text.isdigit():
+                raise StateError(
+                    f"{self.path} holds {text!r}, not a version: delete it if no server of job "
+                    f"{job!r} could offer this device an older model than it had"
+                )
+            self.version = int(text)
+
+    def raise_to(self, version: int) -> bool:
+        """Whether a version is not older than the highest; if it is higher, it is that now."""
+        if version > self.version:
+            write_atomically(self.path, f"{version}\n".encode())
+            self.version = version
+        return version == self.version
+
+
 class SpoolEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One update on disk that has no receipt yet; ``created_s`` is wall time."""
 
