@@ -71,9 +71,9 @@ def check_part(part: int, parts: int) -> None:
         )
 
 
-def quick_probe(state_dir: Path) -> DeviceProfile:
-    """This machine as it is now, within two seconds."""
+def measured_profile(state_dir: Path, *, quick: bool = False) -> DeviceProfile:
+    """This machine as it is now; ``quick`` leaves out what only planning needs."""
     from edge_sdk.probe import probe
 
     progress("measuring this machine")
-    return probe(True, state_dir).profile
+    return probe(quick, state_dir).profile

@@ -126,7 +126,7 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     batch_bytes_per_sample: inputs and targets of one sample.
     recomputable:  blocks whose activations can be dropped and computed again.
     cuttable:      blocks whose output can be taken from a cache instead.
-    min_micro_batch: batch statistics need two samples.
+    batch_statistics: blocks that normalise over the batch: trained, they need two samples at once.
     views, random_prefix, lossy_prefix: as the task says.
     """
 
@@ -138,7 +138,7 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     batch_bytes_per_sample: Bytes
     recomputable: tuple[str, ...] = ()
     cuttable: tuple[str, ...] = ()
-    min_micro_batch: Annotated[int, Meta(ge=1, le=65536)] = 1
+    batch_statistics: tuple[str, ...] = ()
     views: Annotated[int, Meta(ge=1, le=65536)] = 1
     random_prefix: bool = False
     lossy_prefix: bool = False
@@ -228,26 +228,10 @@ def states(table: CostTable, trained: Collection[str]) -> list[str]:
     return found
 
 
-def prefix_of(table: CostTable, trained: Collection[str]) -> tuple[str, ...]:
-    """The frozen blocks no gradient passes through: their output depends on the sample alone."""
-    feeling = {
-        segment.block
-        for segment, state in zip(table.segments, states(table, trained), strict=True)
-        if state != FROZEN
-    }
-    return tuple(name for name in table.spec.names if name not in feeling)
-
-
 def prefix_ends(spec: ModelSpec, prefix: Collection[str]) -> tuple[str, ...]:
     """The blocks of a prefix whose output is kept: the last of each chain; of the trunk alone."""
     last = {block.chain: block.name for block in spec.blocks if block.name in prefix}
     return (last[TRUNK],) if TRUNK in last else tuple(last.values())
-
-
-def prefix_output_bytes_per_sample(table: CostTable, prefix: Collection[str]) -> int:
-    """What is kept of a frozen prefix for one sample."""
-    ends = prefix_ends(table.spec, prefix)
-    return sum(block.output_bytes_per_sample for block in table.blocks if block.name in ends)
 
 
 def last_reader(crossing: Crossing) -> int:
