@@ -22,13 +22,13 @@ from edge_sdk.wire import Training
 
 Bytes = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Kind = Literal[
-    "matmul", "convolution", "grouped", "attention", "recurrent", "elementwise", "maths", "norm",
-    "window", "gather", "random",
+    "matmul", "convolution", "grouped", "attention", "recurrent", "cells", "elementwise", "maths",
+    "norm", "window", "gather", "random",
 ]  # fmt: skip
 Amount = Annotated[float, Meta(ge=0, le=1e18)]
 
-# Encoding a change holds the base, its travelling form, the quantised values and the result.
-ENCODE_BYTES_PER_ELEMENT = 14
+# Encoding a change begins with its base, read from the cache: as it travels, unpacked, as tensors.
+ENCODE_BYTES_PER_ELEMENT = 12
 # Bits one float element costs on the wire, by codec: measured on Gaussian, Laplace and Student-t
 # changes of 1e-4 to 1e-2 rms, rounded up.
 BITS_PER_PARAM = {"fp32": 23.0, "fp16": 14.0, "int8": 5.2}
@@ -172,11 +172,17 @@ def _is_below(middle: Line, flat: Line, steep: Line) -> bool:
 # Kinds whose kernels take long to set up; kinds that compute; kinds that mostly move memory.
 # Values: rules of thumb for a machine that was not calibrated, against its plain operators, its
 # training rate and its memory bandwidth; ratios as measured on x86-64.
-_CALLS = {"attention": 8, "convolution": 4, "grouped": 8, "recurrent": 25, "gather": 2, "random": 1}
-_PRODUCTS = {"matmul": 1.2, "convolution": 1.0, "grouped": 0.2, "attention": 0.7, "recurrent": 0.6}
+_CALLS = {
+    "attention": 8, "convolution": 4, "grouped": 8, "recurrent": 25, "cells": 0.7, "gather": 2,
+    "random": 1,
+}  # fmt: skip
+_PRODUCTS = {
+    "matmul": 1.2, "convolution": 1.0, "grouped": 0.2, "attention": 0.7, "recurrent": 0.6,
+    "cells": 1.0,
+}  # fmt: skip
 _MOVERS = {
-    "matmul": 0.6, "elementwise": 1.0, "maths": 0.5, "norm": 0.8, "window": 0.15, "gather": 0.5,
-    "random": 0.06,
+    "matmul": 0.6, "convolution": 1.0, "grouped": 1.0, "cells": 2.0, "elementwise": 1.0,
+    "maths": 0.5, "norm": 0.8, "window": 0.15, "gather": 0.5, "random": 0.06,
 }  # fmt: skip
 # What a plain operator costs at least, in the operations the machine could do meanwhile.
 OPERATOR_FLOPS = 7e5
@@ -184,7 +190,7 @@ OPERATOR_FLOPS = 7e5
 OVERHEAD_BYTES = {
     "step": 2 << 20, "matmul": 4 << 20, "elementwise": 1 << 20, "maths": 4 << 20, "norm": 2 << 20,
     "attention": 2 << 20, "convolution": 14 << 20, "grouped": 2 << 20, "window": 1 << 20,
-    "recurrent": 8 << 20, "random": 1 << 20,
+    "recurrent": 8 << 20, "cells": 2 << 20, "random": 1 << 20,
 }  # fmt: skip
 # Operators of an update for each parameter tensor, and bytes moved for each element, in place.
 _UPDATES = {"plain": (1, 3), "sgd": (3, 8), "adam": (7, 19), "adamw": (8, 21)}
@@ -196,8 +202,8 @@ def units(kind: str, operators: float, flops: float, moved_bytes: float) -> list
     if kind not in _PRODUCTS:
         return [(call, operators), (f"{kind}_bytes_per_s", moved_bytes)]
     paid = [(call, operators), (f"{kind}_flops_per_s", flops)]
-    # Products of thin matrices are as fast as memory delivers the weights.
-    return [*paid, (f"{kind}_bytes_per_s", moved_bytes)] if kind == "matmul" else paid
+    # Products of thin matrices are as fast as memory delivers them.
+    return [*paid, (f"{kind}_bytes_per_s", moved_bytes)] if kind in _MOVERS else paid
 
 
 FROZEN, PASSED, LOWEST, TRAINED = "frozen", "passed", "lowest", "trained"

@@ -42,6 +42,8 @@ LOOK_UP_OPERATORS, READ_OPERATORS, WRITE_OPERATORS = 3, 0.7, 15
 CHECKED_MOVES = 3
 # As does converting half precision, at twice its size.
 CONVERTED_MOVES = 6
+# Putting a block into the model holds it as it travels, unpacked, and as tensors.
+LOADED_COPIES = 3
 # More kept output than this share of the budget will not stay in the system's own cache.
 CACHED_SHARE = 0.25
 
@@ -182,6 +184,8 @@ class Costing:
         self._outline, self._paces = Outline(table), Paces(table, self._prices)
         self._overhead_bytes = overhead_bytes(table, limits.overhead)
         self._weights = sum(self._outline.weights.values())
+        largest = max(self._outline.weights.values())
+        self._loading_bytes = self._weights + LOADED_COPIES * largest
         self._cuttable = frozenset(table.cuttable)
         self._normed = frozenset(table.batch_statistics)
         self._outputs = {b.name: b.output_bytes_per_sample for b in table.blocks}
@@ -451,8 +455,9 @@ class Costing:
 
     def _whole_bytes(self, weigh: Callable[[], int], least_bytes: int, beside_bytes: int) -> int:
         """What a pass weighs, or its prefix at the least, with what is there beside."""
-        peak_bytes = max(weigh(), least_bytes) + beside_bytes
-        above = (peak_bytes + self._overhead_bytes) * self._limits.memory_correction
+        peak_bytes = max(weigh(), least_bytes) + beside_bytes + self._overhead_bytes
+        # The first round puts all blocks into the model, before anything has run.
+        above = max(peak_bytes, self._loading_bytes) * self._limits.memory_correction
         return self._limits.floor_bytes + round(above)
 
 

@@ -247,11 +247,19 @@ def test_half_precision_halves_what_is_kept() -> None:
     assert full.peak_bytes - half.peak_bytes == 10_000 * 64_000 // 2
 
 
+def test_putting_blocks_into_the_model_takes_three_times_the_largest() -> None:
+    heavy = table_of(Row(params=5_000_000), *[Row()] * 3)
+    last, one = heavy.spec.names[3:], Training(batch_size=1)
+    loading_bytes = (80 << 20) + 20_000_000 + 3 * 400_000 + 3 * 20_000_000
+    assert {way.peak_bytes for way in ways_of(heavy, last, one)} == {loading_bytes}
+    assert min(way.peak_bytes for way in ways_of(heavy, heavy.spec.names, one)) > loading_bytes
+
+
 def test_filling_needs_the_whole_model_and_a_forward_pass() -> None:
-    heavy = table_of(*[Row(params=5_000_000)] * 3, Row())
+    heavy = table_of(*[Row(params=50_000)] * 3, Row(params=2_000))
     last, one = heavy.spec.names[3:], Training(batch_size=1)
     disk = way_with(ways_of(heavy, last, one), 1, cache="disk")
-    whole = (80 << 20) + overhead_bytes(heavy, {}) + 3 * 20_000_000 + 400_000
+    whole = (80 << 20) + overhead_bytes(heavy, {}) + 3 * 200_000 + 8_000
     assert disk.peak_bytes == whole + FILL_BATCH * (15_000 + 10_000 + 1000)
     filled = ways_of(heavy, last, one, filled_prefix=heavy.spec.names[:3])
     again = way_with(filled, 1, cache="disk")
