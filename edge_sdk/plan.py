@@ -84,10 +84,11 @@ def choose(
     ]
     way = desk.fitting(chosen) or desk.shortened(chosen)
     if way is None:
-        raise NothingFits(
-            f"cheapest plan ({', '.join(chosen)}) {desk.obstacle(chosen)}. Lower the batch size, "
-            "raise the deadline, or raise the device's budget if it has room."
+        why = desk.costing.unable(chosen) or (
+            f"{desk.obstacle(chosen)}. Lower the batch size, raise the deadline, or raise the "
+            "device's budget if it has room"
         )
+        raise NothingFits(f"cheapest plan ({', '.join(chosen)}) {why}.")
     steps = desk.affordable_steps(chosen, way)
     share = steps / desk.costing.steps
     train_s = way.once_s + way.step_s * steps
@@ -178,6 +179,9 @@ class _Desk:
     def obstacle(self, blocks: tuple[str, ...]) -> str:
         """What stands in the way of training these blocks."""
         limits = self._limits
+        unable = self.costing.unable(blocks)
+        if unable is not None:
+            return unable
         small = list(self._small(blocks))
         if not small:
             least = min(self._all(blocks), key=lambda way: way.peak_bytes)

@@ -101,7 +101,12 @@ class Supervisor:
         self._profile, self._report = profile, report
         self._simulated = nursery is not None
         self._allowance = Allowance(
-            profile, flag_bytes, state_dir, simulated=self._simulated, memory=memory
+            profile,
+            flag_bytes,
+            state_dir,
+            prefix_dir=Path(setup.prefix_dir),
+            simulated=self._simulated,
+            memory=memory,
         )
         self._confinement: Confinement | None = None
         self._ready = False
