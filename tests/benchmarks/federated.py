@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,13 +108,14 @@ def federated(
     rows = levels(spec)
     base: dict[str, Arrays] = {name: _copy(model.read(name)) for name in spec.names}
     for number in range(1, (rounds or case.rounds) + 1):
+        rate = case.learning_rate * (1 + math.cos(math.pi * (number - 1) / case.rounds)) / 2
         sums = {name: BlockSum.zero(spec.block(name)) for name in spec.names}
         for client in rng.choice(len(case.clients), case.per_round, replace=False).tolist():
             depth = depths[client % len(depths)] or len(rows)
             blocks = [name for row in rows[-depth - 1 :] for name in row]
             for name in spec.names:
                 model.write(name, base[name])
-            samples = _train(case, model, blocks, client, seed * 1000 + number)
+            samples = _train(case, model, blocks, client, seed * 1000 + number, rate)
             payloads = []
             for name in blocks:
                 new = model.read(name)
@@ -139,9 +141,11 @@ def _take(inputs: Any, index: torch.Tensor) -> Any:
     return tuple(part[index] for part in inputs) if isinstance(inputs, tuple) else inputs[index]
 
 
-def _train(case: Case, model: BlockModel, blocks: Sequence[str], client: int, seed: int) -> int:
+def _train(
+    case: Case, model: BlockModel, blocks: Sequence[str], client: int, seed: int, rate: float
+) -> int:
     inputs, targets = case.clients[client]
-    optimizer = torch.optim.Adam(model.open_only(blocks), lr=case.learning_rate)
+    optimizer = torch.optim.Adam(model.open_only(blocks), lr=rate)
     generator = torch.Generator().manual_seed(seed * 1000 + client)
     order = torch.randperm(len(targets), generator=generator)[: case.most_samples]
     for index in torch.split(order, case.batch):
