@@ -141,7 +141,7 @@ def test_updates_come_back_as_they_were(header: UpdateHeader, sizes: list[int]) 
     assert all(part.obj is body for _, part in parts), "an update is cut without copying it"
 
 
-# --- stored bytes of every version --------------------------------------------------------------------
+# --- stored bytes of every version ---------------------------------------------------------------
 
 
 def test_every_message_type_has_stored_bytes() -> None:
