@@ -405,8 +405,10 @@ class _Worker:
         )
         halves = strategy_named(offer.strategy)
         device = halves.device_round(offer, self.model.spec, order.plan, local, rng)
-        body = next(device)
-        self.spool.put(self.setup.job, offer.round, offer.ticket, body, time.time())
+        update = next(device)
+        with self.spool.scratch() as scratch:
+            body = update.chunks(scratch)
+            self.spool.put(self.setup.job, offer.round, offer.ticket, body, time.time())
         return Trained(round=offer.round, metrics=local.metrics())
 
 

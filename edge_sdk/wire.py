@@ -28,7 +28,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgpack
 import msgspec
@@ -49,6 +51,7 @@ MAX_CONTROL_BYTES = 120_000
 MAX_UPDATE_HEADER_BYTES = 64 * 1024
 MAX_TRANSFER_BYTES = 1 << 34
 MAX_RANGES = 256
+SCRATCH_CHUNK_BYTES = 1 << 20
 
 _HEAD = struct.Struct("!2sBBB")
 _PIECE = struct.Struct("!8sIII")
@@ -361,10 +364,43 @@ def decode(payload: bytes) -> Message | Piece:
     return message
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update that is encoded while it is written, so that one block of it is in memory.
+
+    payloads: (block, encoded change), made when asked for.
+    header:   called when all were, with (block, size in bytes) of each.
+    """
+
+    payloads: Iterable[tuple[str, bytes]]
+    header: Callable[[tuple[tuple[str, int], ...]], UpdateHeader]
+
+    def to_bytes(self) -> bytes:
+        """The whole of it at once."""
+        payloads = list(self.payloads)
+        header = self.header(tuple((name, len(payload)) for name, payload in payloads))
+        return encode_update(header, [payload for _, payload in payloads])
+
+    def chunks(self, scratch: IO[bytes]) -> Iterator[bytes]:
+        """The same bytes in chunks; ``scratch`` holds the changes until the header is known."""
+        sizes = []
+        for name, payload in self.payloads:
+            scratch.write(payload)
+            sizes.append((name, len(payload)))
+        yield _update_head(self.header(tuple(sizes)))
+        scratch.seek(0)
+        while chunk := scratch.read(SCRATCH_CHUNK_BYTES):
+            yield chunk
+
+
 def encode_update(header: UpdateHeader, payloads: list[bytes]) -> bytes:
     """An update: fixed prefix, msgpack header, then the blocks' encoded changes."""
+    return _update_head(header) + b"".join(payloads)
+
+
+def _update_head(header: UpdateHeader) -> bytes:
     head: bytes = msgpack.packb(msgspec.to_builtins(header, builtin_types=(bytes,)))
-    return _UPDATE.pack(_UPDATE_MAGIC, WIRE_MAJOR, len(head)) + head + b"".join(payloads)
+    return _UPDATE.pack(_UPDATE_MAGIC, WIRE_MAJOR, len(head)) + head
 
 
 def decode_update(body: memoryview) -> tuple[UpdateHeader, list[tuple[str, memoryview]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -139,6 +140,19 @@ def test_updates_come_back_as_they_were(header: UpdateHeader, sizes: list[int]) 
         (name, payload) for (name, _), payload in zip(blocks, payloads, strict=True)
     ]
     assert all(part.obj is body for _, part in parts), "an update is cut without copying it"
+
+
+@settings(max_examples=30, deadline=None)
+@given(header=any_of(UpdateHeader), sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5))
+def test_an_update_written_in_chunks_is_the_same(header: UpdateHeader, sizes: list[int]) -> None:
+    payloads = [(f"b{place}", bytes([place]) * size) for place, size in enumerate(sizes)]
+
+    def finish(blocks: tuple[tuple[str, int], ...]) -> UpdateHeader:
+        return msgspec.structs.replace(header, blocks=blocks)
+
+    whole = wire.Update(payloads, finish).to_bytes()
+    assert b"".join(wire.Update(iter(payloads), finish).chunks(io.BytesIO())) == whole
+    assert [name for name, _ in decode_update(memoryview(whole))[1]] == [n for n, _ in payloads]
 
 
 # --- stored bytes of every version ---------------------------------------------------------------
