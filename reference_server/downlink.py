@@ -96,6 +96,11 @@ class Downlink:
         """Size of the pieces that this connection's packets have room for."""
         return self._link.piece_bytes(DEFAULT_PIECE_BYTES)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes written to both sockets so far."""
+        return self._link.sent_bytes + self._data_link.sent_bytes
+
     def say(self, device: str, message: Message) -> None:
         """Tell one device something."""
         self._link.publish(self.topics.down(device), encode(message))
