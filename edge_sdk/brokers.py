@@ -14,8 +14,10 @@ from edge_sdk.errors import ConfigError
 KIB = 1024
 # Fixed header, topic length, packet id, an empty property list; the topic itself comes on top.
 PUBLISH_OVERHEAD_BYTES = 5 + 2 + 2 + 1
-TOPIC_ALLOWANCE_BYTES = 240  # six levels and two names of 64 characters
+# A topic of six levels with two names of 64 characters, and a piece's own header.
+TOPIC_ALLOWANCE_BYTES = 240
 MIN_PIECE_BYTES = 256
+SAFE_PACKET_BYTES = 62 * KIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,15 @@ class BrokerProfile:
     def piece_bytes(self, wanted_bytes: int, announced_bytes: int | None = None) -> int:
         """Largest piece of at most ``wanted_bytes`` that fits a packet; ConfigError if none does.
 
-        ``announced_bytes``: the largest packet as the broker itself said, if it did.
+        ``announced_bytes``: the largest packet as the broker itself said, if it did. Where nobody
+        says anything, a piece is one that every known broker takes.
         """
         limits = [limit for limit in (self.packet_bytes, announced_bytes or 0) if limit]
-        room_bytes = min(limits, default=1 << 30) - PUBLISH_OVERHEAD_BYTES - TOPIC_ALLOWANCE_BYTES
+        packet_bytes = min(limits, default=SAFE_PACKET_BYTES)
+        room_bytes = packet_bytes - PUBLISH_OVERHEAD_BYTES - TOPIC_ALLOWANCE_BYTES
         if room_bytes < MIN_PIECE_BYTES:
             raise ConfigError(
-                f"the broker takes packets of at most {min(limits)} bytes; pieces need at least "
+                f"the broker takes packets of at most {packet_bytes} bytes; pieces need at least "
                 f"{MIN_PIECE_BYTES + PUBLISH_OVERHEAD_BYTES + TOPIC_ALLOWANCE_BYTES}: raise its "
                 "largest packet size (mosquitto: max_packet_size)"
             )

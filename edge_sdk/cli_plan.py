@@ -108,7 +108,12 @@ def _show_compared(rows: list[Compared], name: str) -> None:
 @click.option("--profile", "profile_name", help="A name, a TOML file, measure, all.")
 @click.option("--emulate", help="A profile: carry its plan out here, at its memory and speed.")
 @click.option("--strategy", default="last_blocks", show_default=True)
-@click.option("--codec", default="int8", show_default=True, help="Updates as fp32, fp16 or int8.")
+@click.option(
+    "--codec",
+    default="balanced",
+    show_default=True,
+    help="Updates as lossless, fp16, balanced or tiny.",
+)
 @click.option("--deadline-s", type=click.FloatRange(0.1, 1e7), default=60.0, show_default=True)
 @click.option("--memory-mb", type=click.IntRange(1, 1 << 30), help="Use at most so many MiB.")
 @click.option("--batch-size", type=click.IntRange(1, 65536), help="Instead of the task's.")

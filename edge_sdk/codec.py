@@ -2,35 +2,41 @@
 
 Theory of operation
 -------------------
-Up: a CHANGE is new minus base, element by element. Whatever the codec, it decodes to integers q
-and one exponent per tensor, change = q * 2**exponent, exactly. The server therefore only adds
-integers, and every order of arrival gives the same bytes. Floats end on a grid of 2**-30, integer
-tensors on a grid of 1. A float may change by at most 128, which is 2**37 grid units, and an
-integer by at most 2**37, so 2**26 - 1 samples always fit into an int64 sum (`merge.py`).
+Up: a CHANGE is new minus base, element by element. Whatever the codec, it decodes to integers q and
+a factor, change = q * factor in units of 2**-30 for floats and of 1 for integers, exactly. The
+server therefore only adds integers, and every order of arrival gives the same bytes. A float may
+change by at most 128, which is 2**37 units, and an integer by at most 2**37, so 2**26 - 1 samples
+always fit into an int64 sum (`merge.py`).
 
-======  =====================================  ===========================================
-codec   one word per element                   exponent
-======  =====================================  ===========================================
-fp32    change rounded to the grid, float32    -30
-fp16    change rounded to nearest, float16     -24, the smallest float16 there is
-int8    change over a step, rounded at random  chosen per tensor, one byte in front
-any     integer tensors: int64 difference      0
-======  =====================================  ===========================================
+========  ==========================================  ======================================
+codec     a float element travels as                  relative distortion
+========  ==========================================  ======================================
+lossless  float32, rounded to the unit of 2**-30      0: the sum is that of the changes
+fp16      float16, rounded to nearest                 1e-7
+balanced  4 bits of dithered quantiser, about 1.5     0.2, unbiased
+tiny      2 bits of dithered quantiser, about 0.55    3, unbiased: many devices average it out
+========  ==========================================  ======================================
 
-The step of int8 is a power of two near an eighth of the rms, so that the entropy and with it the
-size is about 5 bits whatever the model, and is raised where the largest change needs it. Rounding
-up with the probability of the fraction left is unbiased: the mean over devices converges to what
-fp32 gives, and no error feedback has to be stored or lost.
+Distortion is the mean square error over the mean square of a tensor's change; `quantise.py` is the
+quantiser, `cost.py` has the figures the planner uses. With the last two some tensors are sent as
+with lossless: buffers, for noise on a running variance may make it negative, and tensors of at most
+8 elements. Integer tensors are int64 differences with every codec.
 
-Body: [exponents, int8 only] [float words] [int64 words], each group over all tensors of the block
-in its order and cut into byte planes (all lowest bytes first), which is what makes the entropy
-coder see signs and magnitudes instead of noise. The payload is the body as one zstd frame, or the
-body itself where that is no longer; its length tells which. Down: the same with exact words per
-dtype, and the raw little-endian content, the bytes that are hashed, as the form of last resort.
+Body of lossless and fp16: [float words] [int64 words], each group over all tensors of the block in
+its order, in byte planes. The payload is the body as one zstd frame, or the body itself where that
+is no longer; its length tells which. Body of balanced and tiny:
 
-Hostile bytes: every length, shape and dtype comes from the block, none from the payload. A payload
-is never longer than its body; a frame must name exactly the body's size, which is then the size of
-the one buffer it is decompressed into; one frame, no window over 8 MiB, nothing after it.
+    [seed, 8] [step of each float tensor, 1] [exact floats, 4] [int64 words, 8] [codes] [escapes, 4]
+
+always as one frame. Exact floats and escapes (elements too large for a code, in their order) are
+float32 words; how many escapes there are follows from the frame's size and must match the codes.
+
+Down: exact words per dtype in planes, and the raw little-endian content, the bytes that are hashed,
+as the form of last resort; or, to who holds a base version, the integer difference of the bit
+patterns to it (`encode_block_delta`), small numbers where weights have moved little.
+
+Hostile bytes: every length, shape and dtype comes from the block, none from the payload, and
+everything that can be wrong is found before the first integer is handed out (see also `frames.py`).
 """
 
 from __future__ import annotations
@@ -38,98 +44,169 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from edge_sdk import quantise
 from edge_sdk.blocks import DTYPE_BYTES, Block, TensorSpec, content_hash
-from edge_sdk.cost import BITS_PER_PARAM
-from edge_sdk.errors import DamagedBlock, PeerError, ProtocolMisuse, WrongUpdate
+from edge_sdk.cost import CODEC_FIGURES
+from edge_sdk.errors import DamagedBlock, ProtocolMisuse, WrongUpdate
+from edge_sdk.frames import (
+    Array,
+    Buffer,
+    Planes,
+    compress,
+    compress_symbols,
+    cut,
+    decompress,
+    frame_limit,
+    little,
+    put,
+    take,
+)
 
-CODECS = tuple(BITS_PER_PARAM)
+CODECS = tuple(CODEC_FIGURES)
 GRID_EXPONENT = -30
 LIMIT_EXPONENT = 7
 CHANGE_LIMIT = 2.0**LIMIT_EXPONENT
 INTEGER_LIMIT = 1 << (LIMIT_EXPONENT - GRID_EXPONENT)
-MAX_WINDOW_BYTES = 8 * 1024 * 1024
 CHUNK_ELEMENTS = 1 << 14  # float64 scratch of 128 KiB: stays in the second-level cache
+# A tensor this small is sent exactly by every codec: it costs little and its rms says little.
+SMALL_ELEMENTS = 8
 
-Buffer = bytes | bytearray | memoryview
-Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 
-_WORDS: dict[str, np.dtype[Any]] = {
-    "fp32": np.dtype("<f4"),
-    "fp16": np.dtype("<f2"),
-    "int8": np.dtype("i1"),
-}
-_INTEGER_WORD = np.dtype("<i8")
-_EXPONENTS = {"fp32": GRID_EXPONENT, "fp16": -24}
-# Mask of the sign, bits of 128.0: NaN, infinity and everything larger compare above them.
-_LIMIT_BITS = {"fp32": ("<u4", 0x7FFFFFFF, 0x43000000), "fp16": ("<u2", 0x7FFF, 0x5800)}
-_INT8_PEAK = 127
-_STEPS_PER_RMS = 8
-_LEVEL = 1
+_WORDS: dict[str, np.dtype[Any]] = {"lossless": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+_FORMS = {"balanced": quantise.BALANCED, "tiny": quantise.TINY}
+_EXACT = _WORDS["lossless"]
+_INTEGER = np.dtype("<i8")
+# The bits of 128.0: NaN, infinity and everything larger compare above them.
+_LIMIT_BITS = {4: ("<u4", 0x43000000), 2: ("<u2", 0x5800)}
 _INTEGER_SPANS = {"bool": 1, "uint8": 255, "int32": (1 << 32) - 1, "int64": INTEGER_LIMIT}
+
+
+class Part(NamedTuple):
+    """A piece of a decoded change: q * factor, in the unit of the tensor, for elements ``where``.
+
+    where: a slice of the block's elements in their order, or the places of single ones.
+    """
+
+    where: slice | NDArray[np.intp]
+    q: Array
+    factor: int
+
+
+class _Piece(NamedTuple):
+    """A tensor, where its elements start in the block, and where in the group it travels in."""
+
+    spec: TensorSpec
+    start: int
+    at: int
+
+
+class _Layout:
+    """How the change of a block travels with a codec."""
+
+    def __init__(self, codec: str, block: Block) -> None:
+        if codec not in CODECS:
+            raise ProtocolMisuse(f"no codec {codec!r}; there are {', '.join(CODECS)}")
+        self.codec, self.block, self.form = codec, block, _FORMS.get(codec)
+        self.word = _WORDS.get(codec, _EXACT)
+        self.coded: list[_Piece] = []
+        self.words: list[_Piece] = []
+        self.integers: list[_Piece] = []
+        self.elements = self.word_count = self.integer_count = self.code_bytes = 0
+        for spec in block.tensors:
+            self._place(spec)
+            self.elements += spec.elements
+
+    def _place(self, spec: TensorSpec) -> None:
+        if not spec.is_float:
+            self.integers.append(_Piece(spec, self.elements, self.integer_count))
+            self.integer_count += spec.elements
+        elif self.form and spec.kind == "parameter" and spec.elements > SMALL_ELEMENTS:
+            self.coded.append(_Piece(spec, self.elements, self.code_bytes))
+            self.code_bytes += self.form.code_bytes(spec.elements)
+        else:
+            self.words.append(_Piece(spec, self.elements, self.word_count))
+            self.word_count += spec.elements
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(bytes per word, words) of codes, seed, steps, floats and integers."""
+        steps = len(self.coded)
+        seed = quantise.SEED_BYTES if self.form else 0
+        return [(1, self.code_bytes), (1, seed), (1, steps), (self.word.itemsize, self.word_count),
+                (_INTEGER.itemsize, self.integer_count)]  # fmt: skip
+
+    @property
+    def sizes(self) -> range:
+        """How long the body can be."""
+        fixed = sum(width * count for width, count in self.groups)
+        return range(fixed, fixed + _EXACT.itemsize * self.max_escapes + 1, _EXACT.itemsize)
+
+    @property
+    def max_escapes(self) -> int:
+        """How many elements may be too large for a code."""
+        if self.form is None:
+            return 0
+        return sum(self.form.max_escapes(piece.spec.elements) for piece in self.coded)
 
 
 def max_change_bytes(codec: str, block: Block) -> int:
     """Longest payload ``encode_change`` can make and ``decode_change`` accepts, bytes."""
-    return sum(width * count for width, count in _change_groups(codec, block))
+    layout = _Layout(codec, block)
+    return frame_limit(layout.sizes[-1]) if layout.form else layout.sizes[-1]
 
 
 def encode_change(
     codec: str, block: Block, base: Tensors, new: Tensors, rng: np.random.Generator
 ) -> bytes:
     """Payload for the change from ``base`` to ``new``; WrongUpdate if not finite or too large."""
-    body = np.empty(max_change_bytes(codec, block), np.uint8)
-    scales, floats, integers = _cut(body, _change_groups(codec, block))
-    at_scale = at_float = at_integer = 0
-    for spec in block.tensors:
+    layout = _Layout(codec, block)
+    body = np.empty(layout.sizes[0], np.uint8)
+    codes, seed, steps, words, integers = cut(body, layout.groups)
+    for spec, _, at in layout.integers:
         old, now = flat_array(block, spec, base), flat_array(block, spec, new)
-        if not spec.is_float:
-            _put(integers, at_integer, _integer_change(block, spec, old, now))
-            at_integer += spec.elements
-            continue
-        if codec == "int8":
-            exponent = _step_exponent(block, spec, old, now)
-            scales[0, at_scale] = exponent & 0xFF
-            at_scale += 1
-        else:
-            exponent = _EXPONENTS[codec]
-        for part, change in _float_changes(block, spec, old, now):
-            _put(floats, at_float + part.start, _rounded(codec, change, exponent, rng))
-        at_float += spec.elements
-    packed = _compress(body)
-    return packed if len(packed) < body.size else body.tobytes()
+        put(integers, at, _integer_change(block, spec, old, now))
+    for spec, _, at in layout.words:
+        old, now = flat_array(block, spec, base), flat_array(block, spec, new)
+        for part in chunks(spec.elements):
+            change, _ = _difference(block, spec, old, now, part, np.float64)
+            put(words, at + part.start, _rounded(change, layout.word))
+    if layout.form is None:
+        packed = compress(body)
+        return packed if len(packed) < body.size else body.tobytes()
+    seed[0] = np.frombuffer(rng.bytes(quantise.SEED_BYTES), np.uint8)
+    escapes = _quantised(layout, base, new, seed.tobytes(), steps[0], codes[0])
+    return compress_symbols([body, escapes], body.size + escapes.size)
 
 
-def decode_change(
-    codec: str, block: Block, payload: Buffer
-) -> Iterator[tuple[TensorSpec, Array, int]]:
-    """Yield (tensor, q, exponent) in the block's order: change = q * 2**exponent, exactly.
-
-    Sizes and exponents are checked before this returns, the values of a tensor before it is
-    yielded. Raises WrongUpdate, whatever the bytes.
-    """
-    size_bytes = max_change_bytes(codec, block)
-    content = _decompress(payload, size_bytes, f"block {block.name!r}", WrongUpdate)
-    groups = _cut(np.frombuffer(content, np.uint8), _change_groups(codec, block))
-    exponents = _read_exponents(codec, block, groups[0])
-    return _decoded(codec, block, groups[1], groups[2], exponents)
+def decode_change(codec: str, block: Block, payload: Buffer) -> Iterator[Part]:
+    """The change, part by part; WrongUpdate, whatever the bytes, before this returns."""
+    layout = _Layout(codec, block)
+    where, sizes = f"block {block.name!r}", layout.sizes
+    content = decompress(payload, sizes, where, WrongUpdate, raw=layout.form is None)
+    body = np.frombuffer(content, np.uint8)
+    codes, seed, steps, words, integers = cut(body[: sizes[0]], layout.groups)
+    escapes = body[sizes[0] :].reshape(_EXACT.itemsize, -1)
+    _check_words(layout, words)
+    _check_integers(layout, integers)
+    if layout.form:
+        _check_codes(layout, layout.form, steps[0], codes[0], escapes)
+    return chain(
+        _decoded_integers(layout, integers),
+        _decoded_words(layout, words),
+        _decoded_codes(layout, seed.tobytes(), steps[0], codes[0], escapes),
+    )
 
 
 def encode_block(block: Block, tensors: Tensors) -> bytes:
     """Lossless payload of a whole block; its raw content where compression does not pay."""
-    body = np.empty(block.size_bytes, np.uint8)
-    planes = dict(zip(DTYPE_BYTES, _cut(body, _block_groups(block)), strict=True))
-    at = dict.fromkeys(DTYPE_BYTES, 0)
-    for spec in block.tensors:
-        _put(planes[spec.dtype], at[spec.dtype], _little(flat_array(block, spec, tensors)))
-        at[spec.dtype] += spec.elements
-    packed = _compress(body)
+    body = _in_planes(block, (_content(block, spec, tensors) for spec in block.tensors))
+    packed = compress(body)
     return packed if len(packed) < body.size else b"".join(raw_parts(block, tensors))
 
 
@@ -138,24 +215,36 @@ def decode_block(block: Block, payload: Buffer) -> dict[str, Array]:
 
     Raises DamagedBlock. The caller compares ``block_hash`` with the hash it asked for.
     """
-    content = _decompress(payload, block.size_bytes, f"block {block.name!r}", DamagedBlock)
-    body = np.frombuffer(content, np.uint8)
+    content = _unpacked(block, payload, raw=True)
     read = _read_raw if len(payload) == block.size_bytes else _read_planes
+    return {spec.name: _tensor(block, spec, words) for spec, words in read(block, content)}
+
+
+def encode_block_delta(block: Block, base: Tensors, new: Tensors) -> bytes:
+    """Lossless payload of a block for who holds ``base``, shorter where little has changed."""
+    return compress(_in_planes(block, (_distance(block, s, base, new) for s in block.tensors)))
+
+
+def decode_block_delta(block: Block, base: Tensors, payload: Buffer) -> dict[str, Array]:
+    """Tensors of a block, writable, of which ``payload`` is the difference to ``base``.
+
+    Raises DamagedBlock. The caller compares ``block_hash`` with the hash it asked for: over another
+    base the difference decodes to another block.
+    """
     tensors = {}
-    for spec, words in read(block, body):
-        if spec.dtype == "bool" and words.size and words.view(np.uint8).max() > 1:
-            raise DamagedBlock(
-                f"block {block.name!r}, tensor {spec.name!r}: a bool of value "
-                f"{words.view(np.uint8).max()}, the limit is 1; fetch the block again"
-            )
-        tensors[spec.name] = words.astype(spec.dtype, copy=False).reshape(spec.shape)
+    for spec, words in _read_planes(block, _unpacked(block, payload, raw=False)):
+        moved = words.view(_patterns(words))
+        # The lowest bit is the sign: 0, -1, 1, -2 ... back from 0, 1, 2, 3.
+        moved = (moved >> 1) ^ (~(moved & 1) + moved.dtype.type(1))
+        moved += _content(block, spec, base).view(moved.dtype)
+        tensors[spec.name] = _tensor(block, spec, moved.view(words.dtype))
     return tensors
 
 
 def raw_parts(block: Block, tensors: Tensors) -> Iterator[memoryview]:
     """Yield the raw little-endian bytes of each tensor, in the block's order."""
     for spec in block.tensors:
-        yield _little(flat_array(block, spec, tensors)).view(np.uint8).data
+        yield _content(block, spec, tensors).view(np.uint8).data
 
 
 def block_hash(block: Block, tensors: Tensors) -> str:
@@ -191,68 +280,28 @@ def integer_limit(spec: TensorSpec) -> int:
     return _INTEGER_SPANS[spec.dtype]
 
 
-def _known(codec: str) -> str:
-    if codec not in CODECS:
-        raise ProtocolMisuse(f"no codec {codec!r}; there are {', '.join(CODECS)}")
-    return codec
-
-
-def _change_groups(codec: str, block: Block) -> list[tuple[int, int]]:
-    """(bytes per word, words) of the exponents, the floats and the integers of a change."""
-    floats = [spec.elements for spec in block.tensors if spec.is_float]
-    integers = sum(spec.elements for spec in block.tensors if not spec.is_float)
-    scales = len(floats) if codec == "int8" else 0
-    return [(1, scales), (_WORDS[_known(codec)].itemsize, sum(floats)), (8, integers)]
-
-
-def _block_groups(block: Block) -> list[tuple[int, int]]:
-    """(bytes per word, words) of each dtype of a whole block."""
-    counts = dict.fromkeys(DTYPE_BYTES, 0)
-    for spec in block.tensors:
-        counts[spec.dtype] += spec.elements
-    return [(DTYPE_BYTES[dtype], count) for dtype, count in counts.items()]
-
-
-def _cut(body: NDArray[np.uint8], groups: Iterable[tuple[int, int]]) -> list[NDArray[np.uint8]]:
-    """Views of the body's groups, each of shape [bytes per word, words]."""
-    views, start = [], 0
-    for width, count in groups:
-        views.append(body[start : start + width * count].reshape(width, count))
-        start += width * count
-    return views
-
-
-def _put(planes: NDArray[np.uint8], at: int, words: Array) -> None:
-    width = planes.shape[0]
-    planes[:, at : at + words.size] = words.view(np.uint8).reshape(words.size, width).T
-
-
-def _take(planes: NDArray[np.uint8], at: int, count: int, dtype: np.dtype[Any]) -> Array:
-    words = np.empty(count, dtype)
-    content = words.view(np.uint8)
-    for place, plane in enumerate(planes):  # four times as fast as one transposed copy
-        content[place :: dtype.itemsize] = plane[at : at + count]
-    return words
-
-
-def _little(words: Array) -> Array:
-    return words.astype(words.dtype.newbyteorder("<"), copy=False)
-
-
-def _float_changes(
-    block: Block, spec: TensorSpec, old: Array, now: Array
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Yield the change in float64, chunk by chunk, finite and within the limit."""
-    for part in chunks(spec.elements):
-        with np.errstate(invalid="ignore", over="ignore"):
-            change = np.subtract(now[part], old[part], dtype=np.float64)
-        if not np.max(np.abs(change)) <= CHANGE_LIMIT:
-            change[now[part] == old[part]] = 0.0  # an attention mask may hold -inf, unchanged
-            bad = ~(np.abs(change) <= CHANGE_LIMIT)
-            if bad.any():
-                index = int(bad.argmax())
-                _refuse_value(block, spec, part.start + index, change[index], CHANGE_LIMIT)
-        yield part, change
+def _difference(
+    block: Block,
+    spec: TensorSpec,
+    old: Array,
+    now: Array,
+    part: slice,
+    dtype: type[np.floating[Any]],
+) -> tuple[Array, float]:
+    """A part's change, finite and within the limit, and its sum of squares."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        change = np.subtract(now[part], old[part], dtype=dtype)
+        squares = float(np.einsum("i,i->", change, change))
+    if squares <= CHANGE_LIMIT**2:
+        return change, squares
+    if not np.max(np.abs(change)) <= CHANGE_LIMIT:
+        change[now[part] == old[part]] = 0.0  # an attention mask may hold -inf, unchanged
+        bad = ~(np.abs(change) <= CHANGE_LIMIT)
+        if bad.any():
+            index = int(bad.argmax())
+            _refuse_value(block, spec, part.start + index, change[index], CHANGE_LIMIT)
+        squares = float(np.einsum("i,i->", change, change))
+    return change, squares
 
 
 def _integer_change(block: Block, spec: TensorSpec, old: Array, now: Array) -> NDArray[np.int64]:
@@ -264,99 +313,146 @@ def _integer_change(block: Block, spec: TensorSpec, old: Array, now: Array) -> N
     if bad.any():
         index = int(bad.argmax())
         _refuse_value(block, spec, index, rough[index], limit)
-    return change.astype(_INTEGER_WORD, copy=False)
+    return change.astype(_INTEGER, copy=False)
 
 
-def _step_exponent(block: Block, spec: TensorSpec, old: Array, now: Array) -> int:
-    """Exponent of int8's step: about an eighth of the rms, more where the peak needs it."""
-    squares = peak = 0.0
-    for _, change in _float_changes(block, spec, old, now):
-        squares += float(np.sum(change * change))
-        peak = max(peak, float(np.max(np.abs(change))))
-    exponent = GRID_EXPONENT
-    if squares > 0.0:
-        rms = math.sqrt(squares / spec.elements)
-        exponent = max(exponent, round(math.log2(rms / _STEPS_PER_RMS)))
-    while math.ldexp(_INT8_PEAK, exponent) < peak:
-        exponent += 1
-    return exponent
-
-
-def _rounded(
-    codec: str, change: NDArray[np.float64], exponent: int, rng: np.random.Generator
-) -> Array:
+def _rounded(change: Array, word: np.dtype[Any]) -> Array:
     """Words of one chunk. Rounding to the grid here costs nothing later and zeroes noise bits."""
-    if codec == "fp16":
-        return change.astype(_WORDS[codec])
-    scaled = change * math.ldexp(1.0, -exponent)
-    if codec == "fp32":
-        return (np.rint(scaled) * math.ldexp(1.0, exponent)).astype(_WORDS[codec])
-    scaled += rng.random(scaled.size, dtype=np.float32)
-    return np.floor(scaled).astype(_WORDS[codec])
+    if word != _EXACT:
+        return change.astype(word)
+    return (np.rint(change * 2.0**-GRID_EXPONENT) * 2.0**GRID_EXPONENT).astype(word)
 
 
-def _read_exponents(codec: str, block: Block, scales: NDArray[np.uint8]) -> list[int]:
-    """Exponent of each tensor, in the block's order."""
-    sent = iter(scales.reshape(-1).view(np.int8).tolist())
-    exponents = []
-    for spec in block.tensors:
-        exponent = _EXPONENTS.get(codec, 0) if spec.is_float else 0
-        if spec.is_float and codec == "int8":
-            exponent = next(sent)
-            if not GRID_EXPONENT <= exponent <= LIMIT_EXPONENT:
-                raise WrongUpdate(
-                    f"block {block.name!r}, tensor {spec.name!r}: exponent {exponent}, "
-                    f"the limits are {GRID_EXPONENT} and {LIMIT_EXPONENT}; the update is dropped"
-                )
-        exponents.append(exponent)
-    return exponents
+def _quantised(
+    layout: _Layout, base: Tensors, new: Tensors, seed: bytes, steps: Planes, codes: Planes
+) -> Planes:
+    """Fill steps and codes; the escaped elements as byte planes."""
+    form, block, raw = layout.form, layout.block, quantise.generator(seed)
+    if form is None:
+        raise ProtocolMisuse(f"codec {layout.codec!r} does not quantise")
+    outliers: list[Array] = []
+    for number, (spec, _, at) in enumerate(layout.coded):
+        old, now = flat_array(block, spec, base), flat_array(block, spec, new)
+        parts = list(quantise.runs(spec.elements))
+        squares = sum(_single(block, spec, old, now, part)[1] for part in parts)
+        packed = codes[at : at + form.code_bytes(spec.elements)].view("<u8")
+        steps[number] = quantise.step_code(form, math.sqrt(squares / spec.elements))
+        if steps[number] == quantise.UNCHANGED:
+            packed[:] = 0
+            continue
+        for part in parts:
+            change, _ = _single(block, spec, old, now, part)
+            words = packed[form.groups(part.start) : form.groups(part.stop)]
+            dither = quantise.draw(form, words.size, raw)
+            words[:], places = quantise.quantise(form, change, int(steps[number]), dither)
+            outliers.append(_rounded(change[places].astype(np.float64), _EXACT))
+    found = np.concatenate(outliers) if outliers else np.zeros(0, _EXACT)
+    if found.size > layout.max_escapes:
+        raise WrongUpdate(
+            f"block {block.name!r}: {found.size} changes are too large for codec "
+            f"{layout.codec!r}, the limit is {layout.max_escapes}; training diverged, lower the "
+            "learning rate"
+        )
+    return np.ascontiguousarray(found.view(np.uint8).reshape(-1, _EXACT.itemsize).T)
 
 
-def _decoded(
-    codec: str,
-    block: Block,
-    floats: NDArray[np.uint8],
-    integers: NDArray[np.uint8],
-    exponents: list[int],
-) -> Iterator[tuple[TensorSpec, Array, int]]:
-    at_float = at_integer = 0
-    for spec, exponent in zip(block.tensors, exponents, strict=True):
-        if spec.is_float:
-            words = _take(floats, at_float, spec.elements, _WORDS[codec])
-            at_float += spec.elements
-            q = _float_integers(codec, block, spec, words, exponent)
-        else:
-            q = _take(integers, at_integer, spec.elements, _INTEGER_WORD)
-            at_integer += spec.elements
-            _refuse_beyond(block, spec, q, integer_limit(spec), 1)
-        yield spec, q.reshape(spec.shape), exponent
+def _single(
+    block: Block, spec: TensorSpec, old: Array, now: Array, part: slice
+) -> tuple[NDArray[np.float32], float]:
+    """A run's change in float32, which is fine enough to be quantised, and its sum of squares."""
+    wide = np.float64 if spec.dtype == "float64" else np.float32
+    change, squares = _difference(block, spec, old, now, part, wide)
+    return change.astype(np.float32, copy=False), squares
 
 
-def _float_integers(
-    codec: str, block: Block, spec: TensorSpec, words: Array, exponent: int
-) -> Array:
-    """The integers q of one float tensor, checked."""
-    if codec == "int8":
-        limit = min(_INT8_PEAK, math.ldexp(1.0, LIMIT_EXPONENT - exponent))
-        _refuse_beyond(block, spec, words, limit, math.ldexp(1.0, exponent))
-        return words
-    unsigned, mask, limit_bits = _LIMIT_BITS[codec]
-    q = np.empty(words.size, np.int64)
-    for part in chunks(words.size):
-        bits = words[part].view(unsigned) & mask
-        if bits.max() > limit_bits:
-            index = part.start + int((bits > limit_bits).argmax())
-            _refuse_value(block, spec, index, words[index], CHANGE_LIMIT)
-        q[part] = np.rint(words[part].astype(np.float64) * math.ldexp(1.0, -exponent))
-    return q
-
-
-def _refuse_beyond(block: Block, spec: TensorSpec, q: Array, limit: float, unit: float) -> None:
-    """WrongUpdate when an integer lies outside +-limit; both ends, for -min overflows."""
-    if not q.size or (q.max() <= limit and q.min() >= -limit):
+def _check_words(layout: _Layout, planes: Planes) -> None:
+    """WrongUpdate where a float is not finite or over the limit."""
+    unsigned, limit_bits = _LIMIT_BITS[layout.word.itemsize]
+    # Nearly always the highest byte alone says that no word is too large.
+    if not planes.size or (planes[-1] & 0x7F).max() < limit_bits >> 8 * (layout.word.itemsize - 1):
         return
-    index = int(((q > limit) | (q < -limit)).argmax())
-    _refuse_value(block, spec, index, int(q[index]) * unit, limit * unit)
+    for spec, _, at in layout.words:
+        words = take(planes, at, spec.elements, layout.word)
+        bad = (words.view(unsigned) << 1) > 2 * limit_bits
+        if bad.any():
+            index = int(bad.argmax())
+            _refuse_value(layout.block, spec, index, words[index], CHANGE_LIMIT)
+
+
+def _check_integers(layout: _Layout, planes: Planes) -> None:
+    for spec, _, at in layout.integers:
+        q, limit = take(planes, at, spec.elements, _INTEGER), integer_limit(spec)
+        # Both ends: the absolute value of the lowest integer overflows.
+        if q.size and not (q.max() <= limit and q.min() >= -limit):
+            index = int(((q > limit) | (q < -limit)).argmax())
+            _refuse_value(layout.block, spec, index, int(q[index]), limit)
+
+
+def _check_codes(
+    layout: _Layout, form: quantise.Form, steps: Planes, codes: Planes, escapes: Planes
+) -> None:
+    """WrongUpdate unless steps are within the limits, escapes are finite and as many as marked."""
+    where = f"block {layout.block.name!r}"
+    for (spec, _, _), code in zip(layout.coded, steps.tolist(), strict=True):
+        if code > form.last_step_code:
+            raise WrongUpdate(
+                f"{where}, tensor {spec.name!r}: step number {code}, the limit is "
+                f"{form.last_step_code}; the update is dropped"
+            )
+    marked, sent = quantise.escaped(form, codes.view("<u8")), escapes.shape[1]
+    if marked != sent:
+        raise WrongUpdate(
+            f"{where}: {marked} codes say that an element is sent apart and {sent} are; the "
+            "update is dropped"
+        )
+    words = take(escapes, 0, sent, _EXACT)
+    bad = ~(np.abs(words) <= CHANGE_LIMIT)
+    if bad.any():
+        raise WrongUpdate(
+            f"{where}: an element sent apart changed by {words[bad.argmax()]:g}, the limit is "
+            f"+-{CHANGE_LIMIT:g}; the update is dropped"
+        )
+
+
+def _decoded_integers(layout: _Layout, planes: Planes) -> Iterator[Part]:
+    for spec, start, at in layout.integers:
+        q = take(planes, at, spec.elements, _INTEGER)
+        yield Part(slice(start, start + spec.elements), q, 1)
+
+
+def _decoded_words(layout: _Layout, planes: Planes) -> Iterator[Part]:
+    for spec, start, at in layout.words:
+        for part in chunks(spec.elements):
+            words = take(planes, at + part.start, part.stop - part.start, layout.word)
+            yield Part(slice(start + part.start, start + part.stop), _units(words), 1)
+
+
+def _decoded_codes(
+    layout: _Layout, seed: bytes, steps: Planes, codes: Planes, escapes: Planes
+) -> Iterator[Part]:
+    form, raw, used = layout.form, quantise.generator(seed), 0
+    for (spec, start, at), step in zip(layout.coded, steps.tolist(), strict=True):
+        if form is None or step == quantise.UNCHANGED:
+            continue
+        packed = codes[at : at + form.code_bytes(spec.elements)].view("<u8")
+        m, e = quantise.step_parts(step)
+        factor = m << (e - quantise.FRACTION_BITS - GRID_EXPONENT)
+        for part in quantise.runs(spec.elements):
+            words = packed[form.groups(part.start) : form.groups(part.stop)]
+            dither = quantise.draw(form, words.size, raw)
+            q, places = quantise.dequantise(form, words, dither, escapes=escapes.size > 0)
+            count = part.stop - part.start
+            yield Part(slice(start + part.start, start + part.stop), q[:count], factor)
+            if places.size:
+                exact = _units(take(escapes, used, places.size, _EXACT))
+                used += places.size
+                inside = places < count  # a hostile sender may mark the padding
+                yield Part(places[inside] + (start + part.start), exact[inside], 1)
+
+
+def _units(words: Array) -> NDArray[np.int64]:
+    """Float changes in units of 2**-30."""
+    return np.rint(words.astype(np.float64) * 2.0**-GRID_EXPONENT).astype(np.int64)
 
 
 def _refuse_value(
@@ -368,37 +464,59 @@ def _refuse_value(
     )
 
 
-def _compress(body: NDArray[np.uint8]) -> bytes:
-    return zstandard.ZstdCompressor(level=_LEVEL).compress(body.data)
+def _content(block: Block, spec: TensorSpec, tensors: Tensors) -> Array:
+    return little(flat_array(block, spec, tensors))
 
 
-def _decompress(payload: Buffer, size_bytes: int, where: str, error: type[PeerError]) -> Buffer:
-    """The ``size_bytes`` of a body, or ``error``; allocates no other buffer than that one."""
-    if len(payload) == size_bytes:
-        return payload
-    if len(payload) > size_bytes:
-        raise error(
-            f"{where}: payload of {len(payload)} bytes, the limit is {size_bytes}; it is dropped"
+def _patterns(words: Array) -> np.dtype[Any]:
+    """The unsigned integers of the same width."""
+    return np.dtype(f"<u{words.dtype.itemsize}")
+
+
+def _distance(block: Block, spec: TensorSpec, base: Tensors, new: Tensors) -> Array:
+    """How far the bit patterns have moved: twice the distance, and 1 more if downwards."""
+    old, now = _content(block, spec, base), _content(block, spec, new)
+    moved: Array = now.view(_patterns(now)) - old.view(_patterns(old))
+    downwards = moved >> (8 * moved.dtype.itemsize - 1)
+    moved <<= 1
+    moved ^= ~downwards + moved.dtype.type(1)
+    return moved
+
+
+def _in_planes(block: Block, contents: Iterable[Array]) -> Planes:
+    """The words of all tensors, in planes by dtype."""
+    body = np.empty(block.size_bytes, np.uint8)
+    planes = dict(zip(DTYPE_BYTES, cut(body, _block_groups(block)), strict=True))
+    at = dict.fromkeys(DTYPE_BYTES, 0)
+    for spec, words in zip(block.tensors, contents, strict=True):
+        put(planes[spec.dtype], at[spec.dtype], words)
+        at[spec.dtype] += spec.elements
+    return body
+
+
+def _unpacked(block: Block, payload: Buffer, *, raw: bool) -> Planes:
+    sizes, where = range(block.size_bytes, block.size_bytes + 1), f"block {block.name!r}"
+    return np.frombuffer(decompress(payload, sizes, where, DamagedBlock, raw=raw), np.uint8)
+
+
+def _tensor(block: Block, spec: TensorSpec, words: Array) -> Array:
+    if spec.dtype == "bool" and words.size and words.view(np.uint8).max() > 1:
+        raise DamagedBlock(
+            f"block {block.name!r}, tensor {spec.name!r}: a bool of value "
+            f"{words.view(np.uint8).max()}, the limit is 1; fetch the block again"
         )
-    try:
-        frame = zstandard.get_frame_parameters(payload)
-        if frame.content_size != size_bytes or frame.window_size > MAX_WINDOW_BYTES:
-            raise error(
-                f"{where}: the zstd frame names {frame.content_size} bytes and a window of "
-                f"{frame.window_size}, the block has {size_bytes} and the window's limit is "
-                f"{MAX_WINDOW_BYTES}; it is dropped"
-            )
-        # With its size named, a frame is decompressed into one buffer of that size or fails.
-        decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-        return decoder.decompress(payload, allow_extra_data=False)
-    except zstandard.ZstdError as reason:
-        raise error(
-            f"{where}: payload of {len(payload)} bytes is not one whole zstd frame of "
-            f"{size_bytes} bytes ({reason}); it is dropped"
-        ) from reason
+    return words.astype(spec.dtype, copy=False).reshape(spec.shape)
 
 
-def _read_raw(block: Block, body: NDArray[np.uint8]) -> Iterator[tuple[TensorSpec, Array]]:
+def _block_groups(block: Block) -> list[tuple[int, int]]:
+    """(bytes per word, words) of each dtype of a whole block."""
+    counts = dict.fromkeys(DTYPE_BYTES, 0)
+    for spec in block.tensors:
+        counts[spec.dtype] += spec.elements
+    return [(DTYPE_BYTES[dtype], count) for dtype, count in counts.items()]
+
+
+def _read_raw(block: Block, body: Planes) -> Iterator[tuple[TensorSpec, Array]]:
     start = 0
     for spec in block.tensors:
         dtype = np.dtype(spec.dtype).newbyteorder("<")
@@ -406,10 +524,10 @@ def _read_raw(block: Block, body: NDArray[np.uint8]) -> Iterator[tuple[TensorSpe
         start += spec.size_bytes
 
 
-def _read_planes(block: Block, body: NDArray[np.uint8]) -> Iterator[tuple[TensorSpec, Array]]:
-    planes = dict(zip(DTYPE_BYTES, _cut(body, _block_groups(block)), strict=True))
+def _read_planes(block: Block, body: Planes) -> Iterator[tuple[TensorSpec, Array]]:
+    planes = dict(zip(DTYPE_BYTES, cut(body, _block_groups(block)), strict=True))
     at = dict.fromkeys(DTYPE_BYTES, 0)
     for spec in block.tensors:
         dtype = np.dtype(spec.dtype).newbyteorder("<")
-        yield spec, _take(planes[spec.dtype], at[spec.dtype], spec.elements, dtype)
+        yield spec, take(planes[spec.dtype], at[spec.dtype], spec.elements, dtype)
         at[spec.dtype] += spec.elements

@@ -29,16 +29,32 @@ Amount = Annotated[float, Meta(ge=0, le=1e18)]
 
 # Encoding a change holds the base, its travelling form, the quantised values and the result.
 ENCODE_BYTES_PER_ELEMENT = 14
-# Bits one float element costs on the wire, by codec: measured on Gaussian, Laplace and Student-t
-# changes of 1e-4 to 1e-2 rms, rounded up.
-BITS_PER_PARAM = {"fp32": 23.0, "fp16": 14.0, "int8": 5.2}
+
+
+class CodecFigures(NamedTuple):
+    """What a codec costs and loses, the planner's figures.
+
+    bits_per_param: of one float element on the wire, measured on recorded changes, rounded up.
+    distortion:     mean square error over the mean square of a tensor's change.
+    """
+
+    bits_per_param: float
+    distortion: float
+
+
+CODEC_FIGURES = {
+    "lossless": CodecFigures(24.0, 0.0),
+    "fp16": CodecFigures(14.0, 1e-7),
+    "balanced": CodecFigures(1.6, 0.2),
+    "tiny": CodecFigures(0.6, 3.0),
+}
 
 
 def bits_per_param(codec: str) -> float:
     """Planning figure: bits one float element costs with ``codec``; ConfigError if unknown."""
-    if codec not in BITS_PER_PARAM:
-        raise ConfigError(f"codec {codec!r} is unknown; known are {', '.join(BITS_PER_PARAM)}")
-    return BITS_PER_PARAM[codec]
+    if codec not in CODEC_FIGURES:
+        raise ConfigError(f"codec {codec!r} is unknown; known are {', '.join(CODEC_FIGURES)}")
+    return CODEC_FIGURES[codec].bits_per_param
 
 
 class Line(NamedTuple):

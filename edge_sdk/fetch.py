@@ -68,7 +68,7 @@ class Fetch:
         if incoming is None:
             return False
         try:
-            incoming.take(piece.transfer, piece.index, piece.data)
+            incoming.take(piece)
         except PeerError as error:
             log.warning("dropped a piece: %s", error)
         if incoming.complete:

@@ -6,15 +6,17 @@ number of workers give the same bytes. Publishing divides once, in float64:
 
     new = base + num / den   where den > 0,   base bit for bit where nobody trained
 
-One change is at most 2**37 units and the samples of a sum stay below 2**26, so a numerator stays
-below 2**63. A block is trained and sent as a whole, hence one denominator for all its tensors.
+However a change was encoded, it decodes to q * factor of at most 2**37 units: floats and escapes
+are checked against 128, the highest level times the largest step of its codec is at most 120, and
+integers are checked against 2**37. The samples of a sum stay below 2**26, so a numerator, and a
+weight times a factor, stays below 2**63. A block is trained and sent as a whole, hence one
+denominator for all its tensors.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +25,17 @@ from edge_sdk.blocks import Block, TensorSpec
 from edge_sdk.codec import (
     GRID_EXPONENT,
     INTEGER_LIMIT,
-    LIMIT_EXPONENT,
-    Array,
     Tensors,
     chunks,
+    decode_change,
     flat_array,
 )
 from edge_sdk.errors import ProtocolMisuse, StateError, WrongUpdate
+from edge_sdk.frames import Array, Buffer
 
 MAX_SAMPLES = (1 << 26) - 1
 _HEADER = struct.Struct("<qq")
 _STORED = np.dtype("<i8")
-
-Change = tuple[TensorSpec, Array, int]
 
 
 class BlockSum:
@@ -68,24 +68,16 @@ class BlockSum:
             views[spec.name] = view
         return views
 
-    def add(self, changes: Iterable[Change], weight: int) -> None:
-        """Fold one device's change of the whole block, all of it or, with WrongUpdate, nothing."""
+    def fold(self, codec: str, payload: Buffer, weight: int) -> None:
+        """Add one device's encoded change of the block, all of it or, with WrongUpdate, nothing.
+
+        Works part by part: beside the payload's own content nothing of its size is made.
+        """
         samples = self._samples_with(weight)
-        folds = []
-        for number, (spec, q, exponent) in enumerate(changes):
-            if number >= len(self.block.tensors) or spec != self.block.tensors[number]:
-                raise WrongUpdate(
-                    f"block {self.block.name!r}: tensor {spec.name!r} at place {number} is not "
-                    "the model's; the update is dropped"
-                )
-            folds.append((q.reshape(-1), weight << _shift(self.block, spec, q, exponent)))
-        if len(folds) != len(self.block.tensors):
-            raise WrongUpdate(
-                f"block {self.block.name!r}: an update of {len(folds)} tensors, the block has "
-                f"{len(self.block.tensors)}; the update is dropped"
-            )
-        for (_, part), (flat, factor) in zip(_parts(self.block), folds, strict=True):
-            _fold(self._numerators[part], flat, factor)
+        for where, q, factor in decode_change(codec, self.block, payload):
+            addend = q.astype(np.int64)
+            addend *= factor * weight
+            self._numerators[where] += addend
         self.samples = samples
         self.devices += 1
 
@@ -165,31 +157,6 @@ def _parts(block: Block) -> list[tuple[TensorSpec, slice]]:
         parts.append((spec, slice(start, start + spec.elements)))
         start += spec.elements
     return parts
-
-
-def _shift(block: Block, spec: TensorSpec, q: Array, exponent: int) -> int:
-    """Bits from q's unit up to the numerator's, once q is known to be within the limits."""
-    lowest, highest = (GRID_EXPONENT, LIMIT_EXPONENT) if spec.is_float else (0, 0)
-    where = f"block {block.name!r}, tensor {spec.name!r}"
-    if q.shape != spec.shape or q.dtype.kind != "i" or not lowest <= exponent <= highest:
-        raise WrongUpdate(
-            f"{where}: got {q.dtype} {q.shape} with exponent {exponent}, expected integers "
-            f"{spec.shape} with {lowest} to {highest}; the update is dropped"
-        )
-    shift = exponent - lowest
-    limit = INTEGER_LIMIT >> shift
-    # int8 on a fine step cannot reach the limit, which saves a pass over the commonest updates.
-    if np.iinfo(q.dtype).max >= limit and q.size and not (-limit <= q.min() and q.max() <= limit):
-        raise WrongUpdate(
-            f"{where}: changes from {q.min()} to {q.max()} in units of 2**{exponent}, "
-            f"the limit is +-{limit}; the update is dropped"
-        )
-    return shift
-
-
-def _fold(numerators: NDArray[np.int64], q: Array, factor: int) -> None:
-    for part in chunks(numerators.size):
-        numerators[part] += np.multiply(q[part], np.int64(factor), dtype=np.int64)
 
 
 def _float_mean(old: Array, numerators: NDArray[np.int64], samples: int) -> Array:

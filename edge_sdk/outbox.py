@@ -17,6 +17,7 @@ from edge_sdk.session import Retry
 from edge_sdk.store import Spool, SpoolEntry
 from edge_sdk.wire import (
     DEFAULT_PIECE_BYTES,
+    MAX_PIECE_BYTES,
     Open,
     Receipt,
     Topics,
@@ -27,14 +28,16 @@ from edge_sdk.wire import (
 
 # One answer to a Want: what a server may make this device send, whatever it asks for.
 MAX_PIECES_PER_WANT = 64
-# A piece has to pass within a fraction of a keepalive, else pings and receipts wait behind it.
-PIECE_S = 4.0
+# A piece passes in so little that nothing waits long behind it, and a cut costs little.
+PIECE_S = 0.5
 MIN_PIECE_BYTES = 4096
+# A new connection and the first word of a server that is there already come together.
+ONCE_S = 1.0
 
 
 def piece_limit_bytes(uplink_bytes_per_s: float) -> int:
     """Largest piece worth sending over such a link."""
-    return int(min(DEFAULT_PIECE_BYTES, max(MIN_PIECE_BYTES, PIECE_S * uplink_bytes_per_s)))
+    return int(min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, PIECE_S * uplink_bytes_per_s)))
 
 
 class Outbox:
@@ -57,6 +60,7 @@ class Outbox:
         self._feed = Feed(link)
         # A server that folds other updates answers after a second or two; sooner would be noise.
         self._open = Retry(rng, 2.0)
+        self._announced_s = float("-inf")
         self.entry: SpoolEntry | None = None
 
     @property
@@ -74,17 +78,21 @@ class Outbox:
             size_bytes=entry.size_bytes,
             piece_bytes=self._link.piece_bytes(self._piece_bytes),
         )
-        self._link.publish(self._up, encode(message))
-        self._open.arm(self._clock())
+        now_s = self._clock()
+        if self._link.publish(self._up, encode(message)):
+            self._announced_s = now_s
+        self._open.arm(now_s)
 
     def reconnected(self) -> None:
         """A new connection: what was under way is lost, the server says what it lacks."""
         self._feed.reconnected()
-        self.announce()
+        if self.entry is not None:
+            self.deliver(self.entry)
 
     def announce(self) -> None:
         """Say again what is being delivered: the server may be another one than before."""
-        if self.entry is not None:
+        # Said twice, pieces would be asked for twice, too.
+        if self.entry is not None and self._clock() - self._announced_s > ONCE_S:
             self.deliver(self.entry)
 
     def wanted(self, want: Want) -> None:

@@ -17,6 +17,7 @@ from random import Random
 from edge_sdk.errors import MalformedMessage
 from edge_sdk.pieces import Assembly, Ranges, Window, piece_range
 from edge_sdk.store import READ_CHUNK_BYTES, disk_errors, read_piece
+from edge_sdk.wire import Piece
 
 PART_SUFFIX, JOURNAL_SUFFIX = ".part", ".journal"
 
@@ -53,6 +54,18 @@ class Incoming:
         self._assembly = Assembly(size_bytes, piece_bytes)
         self._resume()
         self.forget_asked()
+
+    @classmethod
+    def found(cls, stem: Path, rng: Random) -> Incoming | None:
+        """Continue whatever lies at ``stem``; None when nothing does that can be used."""
+        try:
+            with stem.with_name(stem.name + JOURNAL_SUFFIX).open("rb") as journal:
+                magic, piece_bytes, size_bytes, digest = _HEAD.unpack(journal.read(_HEAD.size))
+        except (OSError, struct.error):
+            return None
+        if magic != _MAGIC or not piece_bytes:
+            return None
+        return cls(stem, digest.hex(), size_bytes, piece_bytes, rng)
 
     @property
     def complete(self) -> bool:
@@ -93,19 +106,20 @@ class Incoming:
         """Ranges [first, stop) to ask for now; empty while waiting."""
         return self._window.want(now_s, window_pieces)
 
-    def take(self, transfer: bytes, index: int, data: bytes) -> bool:
+    def take(self, piece: Piece) -> bool:
         """Put a piece in its place; False when it is another transfer's or a duplicate.
 
         MalformedMessage when it fits nowhere.
         """
-        if transfer != self._transfer:
+        index, data = piece.index, piece.data
+        if piece.transfer != self._transfer:
             return False
         offset = self._assembly.place_of(index, len(data))
         if offset is None:
             return False
         with disk_errors("write", self.path):
             _write_at(self.path, offset, data)
-            _append(self._journal, _RECORD.pack(index, zlib.crc32(data)))
+            _append(self._journal, _RECORD.pack(index, piece.crc))
         self._assembly.mark(index)
         return True
 
@@ -191,6 +205,12 @@ class Incoming:
         with disk_errors("read", self.path), self.path.open("rb") as file:
             while chunk := file.read(READ_CHUNK_BYTES):
                 yield chunk
+
+
+def stems(directory: Path) -> list[Path]:
+    """All that is on its way in a directory."""
+    with disk_errors("read", directory):
+        return [path.with_suffix("") for path in sorted(directory.glob(f"*{JOURNAL_SUFFIX}"))]
 
 
 def sweep_parts(directory: Path, keep: Collection[Path] = ()) -> None:

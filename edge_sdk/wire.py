@@ -43,7 +43,8 @@ MAGIC = b"ed"
 
 # 60 KiB of data, its header and the topic stay under 64 KiB, which every broker known accepts.
 DEFAULT_PIECE_BYTES = 60 * 1024
-MAX_PIECE_BYTES = 128 * 1024
+# Where a broker says that it takes more; larger ones gain nothing and make everybody wait.
+MAX_PIECE_BYTES = 256 * 1024
 MAX_CONTROL_BYTES = 120_000
 MAX_UPDATE_HEADER_BYTES = 64 * 1024
 MAX_TRANSFER_BYTES = 1 << 34
@@ -217,12 +218,16 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Piece ``index`` of ``total`` of the content whose SHA-256 starts with these 8 bytes."""
+    """Piece ``index`` of ``total`` of the content whose SHA-256 starts with these 8 bytes.
+
+    crc: CRC-32 of the data, which it had on arrival.
+    """
 
     transfer: bytes
     index: int
     total: int
     data: bytes
+    crc: int
 
 
 Message = (
@@ -401,7 +406,7 @@ def _decode_piece(payload: bytes) -> Piece:
     data = payload[PIECE_OVERHEAD_BYTES:]
     if zlib.crc32(data) != crc:
         raise MalformedMessage(f"piece {index} of {transfer.hex()}: its CRC-32 does not match")
-    return Piece(transfer, index, total, data)
+    return Piece(transfer, index, total, data, crc)
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -56,7 +56,10 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
             help="full: everyone trains everything; last_blocks: the last blocks each can afford.",
         ),
         click.option(
-            "--codec", default="int8", show_default=True, help="Updates as fp32, fp16 or int8."
+            "--codec",
+            default="balanced",
+            show_default=True,
+            help="Updates as lossless, fp16, balanced or tiny.",
         ),
         click.option("--rounds", type=click.IntRange(1, 1_000_000), default=10, show_default=True),
         click.option("--seed", type=click.IntRange(0, (1 << 31) - 1), default=0, show_default=True),

@@ -44,7 +44,7 @@ from reference_server.downlink import Downlink
 from reference_server.evaluate import Evaluator
 from reference_server.ingest import Ingest
 from reference_server.ledger import Answers, Ledger, RoundRow
-from reference_server.merging import merge_round
+from reference_server.merging import first_version, merge_round
 from reference_server.report import ROW_KEYS, RunReport
 from reference_server.rounds import (
     Action,
@@ -74,7 +74,7 @@ class ServerSettings:
     task_path: Path
     state_dir: Path
     strategy: str = "last_blocks"
-    codec: str = "int8"
+    codec: str = "balanced"
     rounds: int = 10
     seed: int = 0
     min_devices: int = 1
@@ -152,7 +152,9 @@ class Coordinator:
         """Run the job to its last round; returns the report."""
         self._down.start()
         try:
-            self._manifest = self._first_version()
+            self._manifest = first_version(
+                self._settings.job, self._evaluator, self._ledger, self._versions, self._say
+            )
             self._down.place(self._manifest)
             self._resume()
             while not self._finished():
@@ -188,35 +190,6 @@ class Coordinator:
                     f"{stored.get(key)!r}, now {value!r} is asked for: continue with the old "
                     "value, or start a new job in another state directory"
                 )
-
-    def _first_version(self) -> Manifest:
-        """The latest version; when there is none yet, pre-train and enter version 0."""
-        job = self._settings.job
-        latest = self._ledger.latest_version(job)
-        if latest is not None:
-            return self._versions.load_manifest(latest.version, latest.sha)
-        steps = 0
-
-        def progress() -> None:
-            nonlocal steps
-            steps += 1
-            self._say({"event": "pretrain", "step": steps})
-
-        samples, loss = self._evaluator.pretrain(progress)
-        spec = self._evaluator.spec
-        entries = tuple(
-            self._versions.put_block(b, self._evaluator.weights(b.name)) for b in spec.blocks
-        )
-        manifest = Manifest(
-            job=job, version=0, round=0, parent_sha="", created_s=time.time(), blocks=entries
-        )
-        self._versions.write_manifest(manifest)
-        self._ledger.record_base(job, manifest.model_sha256)
-        measured = self._evaluator.measure(self._versions, manifest)
-        accuracy = None if measured is None else measured[1]
-        event = {"event": "base", "samples": samples, "steps": steps}
-        self._say({**event, "loss": loss, "accuracy": accuracy})
-        return manifest
 
     def _resume(self) -> None:
         """Continue the round that a killed incarnation left open or half closed."""
@@ -282,7 +255,9 @@ class Coordinator:
     def _connected(self) -> None:
         self._down.reconnected()
         if self._ingest.terms is not None:
-            self._ingest.terms = replace(self._ingest.terms, piece_bytes=self._down.piece_bytes)
+            self._ingest.terms = replace(
+                self._ingest.terms, piece_bytes=self._down.update_piece_bytes
+            )
 
     def _arrived(self, event: Arrived) -> None:
         if self._down.heard_itself(event):
@@ -461,7 +436,7 @@ class Coordinator:
             base_sha=row.base_sha,
             codec=self._settings.codec,
             open_blocks=self._evaluator.spec.names,
-            piece_bytes=self._down.piece_bytes,
+            piece_bytes=self._down.update_piece_bytes,
         )
 
     def _offer(self, devices: list[str]) -> None:
@@ -486,7 +461,7 @@ class Coordinator:
                     codec=terms.codec,
                     deadline_s=self._settings.round_s,
                     training=self._training,
-                    piece_bytes=terms.piece_bytes,
+                    piece_bytes=self._down.piece_bytes,
                 ),
             )
 

@@ -50,7 +50,7 @@ class DemoSettings:
     job: str
     profiles: tuple[str, ...] = DEMO_DEVICES
     strategy: str = "last_blocks"
-    codec: str = "int8"
+    codec: str = "balanced"
     rounds: int = 10
     started_s: float
     round_s: float

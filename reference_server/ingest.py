@@ -17,18 +17,18 @@ from pathlib import Path
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.codec import max_change_bytes
 from edge_sdk.errors import StateError
-from edge_sdk.parts import Incoming, sweep_parts
+from edge_sdk.parts import Incoming, stems, sweep_parts
 from edge_sdk.store import make_directory
 from edge_sdk.wire import MAX_UPDATE_HEADER_BYTES, Open, Piece, Receipt, Verdict, Want
 from reference_server.counting import Arrival, Counted, RoundTerms
 from reference_server.ledger import Answer, Ledger, Upload
 from reference_server.trust import Tickets
 
-# Pieces asked for and not here yet, all devices together: what the broker and our queue hold, and
-# enough to keep a gigabit link busy. Each sender has at least two, or it would stop and go.
+# Bytes asked for and not here yet, all devices together: what the broker and our queue hold, and
+# enough to keep a gigabit link busy. One sender's share is at least what keeps it from stop and go,
+# so that it is 32 MiB when as many as may be are asked at the same time.
 OUTSTANDING_BYTES = 8 << 20
-WINDOW_PIECES, LEAST_WINDOW_PIECES = 16, 2
-# Those who are asked at the same time: with the least window this is 32 MiB at 60 KiB a piece.
+WINDOW_BYTES, LEAST_WINDOW_BYTES = 1 << 20, 128 << 10
 MAX_ACTIVE = 256
 # On the disk, all devices of a round together; further ones wait until others were counted.
 MAX_INCOMING_BYTES = 16 << 30
@@ -67,6 +67,10 @@ class Ingest:
         # Devices that are asked for pieces, and those that wait for it, in the order they came.
         self._active: dict[str, None] = {}
         self._waiting: dict[str, None] = {}
+        # What an earlier life of ours left: its senders go on before they hear of this one, and the
+        # broker may have kept pieces for us. It is a transfer once it has been announced again.
+        self._left = {stem.name.partition(".")[0]: stem for stem in stems(self._directory)}
+        self._found: dict[str, Incoming] = {}
         self._held_bytes = 0
         self.terms: RoundTerms | None = None
 
@@ -90,14 +94,17 @@ class Ingest:
     def piece(self, device: str, piece: Piece, now_s: float) -> Want | None:
         """Place a piece, and say what to send next; MalformedMessage when it fits nowhere."""
         transfer = self._transfers.get(device)
-        if transfer is None or transfer.counting:
+        incoming = self._found_of(device) if transfer is None else transfer.incoming
+        if incoming is None or (transfer is not None and transfer.counting):
             return None
         try:
-            transfer.incoming.take(piece.transfer, piece.index, piece.data)
+            incoming.take(piece)
         except StateError as error:  # a full disk, say: asked for again, later and later
             log.error("a piece of %s is not kept: %s", device, error)
             return None
-        if transfer.incoming.complete:
+        if transfer is None:
+            return None
+        if incoming.complete:
             self._completed(device, transfer)
             return None
         return self._ask(device, now_s) if device in self._active else None
@@ -138,6 +145,8 @@ class Ingest:
         counting = [t.incoming.stem for t in self._transfers.values() if t.counting]
         for device in list(self._transfers):
             self._drop(device)
+        self._left.clear()
+        self._found.clear()
         sweep_parts(self._directory, keep=counting)
 
     def _incoming(self, device: str) -> Incoming:
@@ -158,11 +167,24 @@ class Ingest:
             self._drop(device)
         if self._held_bytes + message.size_bytes > MAX_INCOMING_BYTES:
             return None
-        stem = self._directory / f"{device}.{message.round}"
-        incoming = Incoming(stem, message.sha256, message.size_bytes, piece_bytes, self._rng)
+        incoming = self._found_of(device)
+        self._found.pop(device, None)
+        asked = (message.sha256, message.size_bytes, piece_bytes)
+        if incoming is None or asked != (
+            incoming.sha256, incoming.size_bytes, incoming.piece_bytes
+        ):  # fmt: skip
+            stem = self._directory / f"{device}.{message.round}"
+            incoming = Incoming(stem, *asked, self._rng)
         self._transfers[device] = _Transfer(message, incoming)
         self._held_bytes += message.size_bytes
         return self._transfers[device]
+
+    def _found_of(self, device: str) -> Incoming | None:
+        """What an earlier life left of a device's update, if its announcement is still to come."""
+        stem = self._left.pop(device, None)
+        if stem is not None and (found := Incoming.found(stem, self._rng)) is not None:
+            self._found[device] = found
+        return self._found.get(device)
 
     def _drop(self, device: str) -> None:
         self._held_bytes -= self._transfers.pop(device).message.size_bytes
@@ -179,9 +201,9 @@ class Ingest:
 
     def _ask(self, device: str, now_s: float) -> Want | None:
         incoming = self._incoming(device)
-        share = OUTSTANDING_BYTES // (incoming.piece_bytes * len(self._active))
-        window = max(LEAST_WINDOW_PIECES, min(WINDOW_PIECES, share))
-        ranges = incoming.want(now_s, window)
+        share_bytes = OUTSTANDING_BYTES // len(self._active)
+        window_bytes = max(LEAST_WINDOW_BYTES, min(WINDOW_BYTES, share_bytes))
+        ranges = incoming.want(now_s, max(1, window_bytes // incoming.piece_bytes))
         if not ranges:
             return None
         return Want(sha256=incoming.sha256, piece_bytes=incoming.piece_bytes, ranges=ranges)

@@ -1,21 +1,55 @@
-"""From the sums of a closed round to the files of the next version, one block in memory at a time.
+"""How versions come to be: the first from the task, the next from the sums of a closed round.
 
-A function of what is on the disk: a killed server repeats it and gets the same bytes.
+With one block in memory at a time. The next version is a function of what is on the disk: a killed
+server repeats it and gets the same bytes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.errors import ProtocolMisuse
 from edge_sdk.merge import BlockSum
 from edge_sdk.strategies.last_blocks import ServerRound
+from reference_server.evaluate import Evaluator
 from reference_server.ledger import Ledger, RoundRow
 from reference_server.versions import Manifest, VersionStore
 
 Coverage = dict[str, dict[str, int]]
+
+
+def first_version(
+    job: str,
+    evaluator: Evaluator,
+    ledger: Ledger,
+    versions: VersionStore,
+    say: Callable[[dict[str, Any]], None],
+) -> Manifest:
+    """The latest version; when there is none yet, pre-train, and enter version 0."""
+    latest = ledger.latest_version(job)
+    if latest is not None:
+        return versions.load_manifest(latest.version, latest.sha)
+    steps = 0
+
+    def progress() -> None:
+        nonlocal steps
+        steps += 1
+        say({"event": "pretrain", "step": steps})
+
+    samples, loss = evaluator.pretrain(progress)
+    entries = tuple(versions.put_block(b, evaluator.weights(b.name)) for b in evaluator.spec.blocks)
+    manifest = Manifest(
+        job=job, version=0, round=0, parent_sha="", created_s=time.time(), blocks=entries
+    )
+    versions.write_manifest(manifest)
+    ledger.record_base(job, manifest.model_sha256)
+    measured = evaluator.measure(versions, manifest)
+    accuracy = None if measured is None else measured[1]
+    say({"event": "base", "samples": samples, "steps": steps, "loss": loss, "accuracy": accuracy})
+    return manifest
 
 
 def merge_round(

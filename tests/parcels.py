@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from edge_sdk.blocks import Block, ModelSpec, TensorSpec
-from edge_sdk.codec import block_hash, decode_change, encode_change
+from edge_sdk.codec import block_hash, encode_change
 from edge_sdk.merge import BlockSum
 from edge_sdk.store import Spool, SpoolEntry
 from edge_sdk.wire import BlockEntry, UpdateHeader, UpdateMetrics, decode_update, encode_update
 from reference_server.trust import Tickets
 from reference_server.versions import model_sha256
 
-JOB, ROUND, CODEC = "parcels", 1, "fp32"
+JOB, ROUND, CODEC = "parcels", 1, "lossless"
 # What a random float32 change takes once compressed: its exponents are not random.
 BYTES_PER_ELEMENT = 3.5
 
@@ -69,8 +69,7 @@ def sums(spec: ModelSpec, bodies: list[bytes]) -> dict[str, BlockSum]:
     for body in bodies:
         header, parts = decode_update(memoryview(body))
         for name, payload in parts:
-            changes = decode_change(CODEC, spec.block(name), payload)
-            totals[name].add(changes, header.num_examples)
+            totals[name].fold(CODEC, payload, header.num_examples)
     return totals
 
 

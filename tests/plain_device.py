@@ -240,14 +240,12 @@ def main() -> None:
     parser.add_argument("--profile", default="generic")
     mine = parser.parse_args()
     logging.basicConfig(format=f"%(asctime)s {mine.device}: %(message)s", level=logging.INFO)
-    device = PlainDevice(
-        mine.url, mine.device, mine.state, notes=mine.notes, profile=mine.profile
-    )
+    device = PlainDevice(mine.url, mine.device, mine.state, notes=mine.notes, profile=mine.profile)
     device.start()
     device.deliver()
     device.run(lambda: device.outbox.entry is None)
     for receipt in device.receipts:
-        print(receipt.verdict, receipt.sha256, receipt.reason, flush=True)
+        sys.stdout.write(f"{receipt.verdict} {receipt.sha256} {receipt.reason}\n")
     device.close()
 
 

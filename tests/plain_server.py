@@ -3,8 +3,8 @@
     python -m tests.plain_server --url URL --state DIR --blocks N --size-bytes N [--profile NAME]
 
 One round is open from its first start to the end; a start after a kill goes on with it. On standard
-input it takes ``publish N`` (a version in which the last N blocks are new) and ``report``; it answers
-each with a line of JSON.
+input it takes ``publish N`` (a version in which the last N blocks are new) and ``report``; it
+answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,6 @@ class PlainServer:
             "ready": self.down.ready,
             "model_bytes": sum(entry.size_bytes for entry in self.manifest.blocks),
             "verdicts": self.verdicts,
-            "DEBUG": [self.down._up, self.down._link.connected, self.down._data_link.connected, self.down._broadcast._checking, self.down._broadcast._feed.idle, self.down._head_due, str(self.ingest._active), str({d:(t.counting,t.incoming.received,t.incoming.pieces) for d,t in self.ingest._transfers.items()}), self.inbox.qsize()],
         }
 
     def _end(self) -> None:
@@ -187,7 +187,7 @@ class PlainServer:
             self.down.reconnected()
             self.ingest.terms = RoundTerms(
                 round=ROUND, base_sha=self.base_sha, codec=CODEC, open_blocks=self.spec.names,
-                piece_bytes=self.down.piece_bytes,
+                piece_bytes=self.down.update_piece_bytes,
             )  # fmt: skip
         elif isinstance(event, LinkDown):
             self.down.lost()
@@ -234,10 +234,11 @@ def command(url: str, state: Path, blocks: int, size_bytes: int, profile: str) -
 def obey(server: PlainServer) -> None:
     """Carry out what comes on standard input, until it ends."""
     for line in sys.stdin:
-        words = line.split()
-        if words[0] == "publish":
-            server.ask(lambda: server.publish(int(words[1])))
-        print(json.dumps(server.ask(server.report)), flush=True)
+        word, _, number = line.partition(" ")
+        if word == "publish":
+            server.ask(partial(server.publish, int(number)))
+        sys.stdout.write(json.dumps(server.ask(server.report)) + "\n")
+        sys.stdout.flush()
     server.stop()
 
 

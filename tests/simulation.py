@@ -122,7 +122,7 @@ class Simulation(Running):
     def __init__(self, task: Path, directory: Path, *options: object) -> None:
         directory.mkdir(exist_ok=True)
         self.state, self.json = directory / "s", directory / "report.json"
-        arguments = ("--task", task, "--devices", ",".join(BOARDS), "--codec", "fp32")
+        arguments = ("--task", task, "--devices", ",".join(BOARDS), "--codec", "lossless")
         places = ("--state", self.state, "--json", self.json)
         start = command("reference_server", "simulate", *arguments, *places, *options)
         super().__init__(start, directory / "screen.txt")

@@ -74,7 +74,7 @@ def weights():
     return {name: [a.tobytes() for a in model.read(name).values()] for name in model.spec.names}
 
 before = weights()
-plan = Plan(blocks=("blocks.5", "head"), batch_size=16, micro_batch=16, steps=1, codec="int8",
+plan = Plan(blocks=("blocks.5", "head"), batch_size=16, micro_batch=16, steps=1, codec="balanced",
             peak_bytes=0, budget_bytes=0, train_s=0.0, round_s=0.0, upload_bytes=0, flops=0)
 result = train(model, samples, plan, task.training, order_seed=0)
 after = weights()

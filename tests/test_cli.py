@@ -300,7 +300,7 @@ def test_a_cut_or_altered_cost_table_is_refused(
         (["--profile", "raspberry-pi-4b-3gb"], "no such profile. Did you mean raspberry-pi-4b-"),
         (["--profile", "./broken.toml"], "broken.toml: not TOML"),
         (["--profile", BOARD, "--strategy", "first_blocks"], "strategy 'first_blocks' is unknown"),
-        (["--profile", BOARD, "--codec", "int3"], "codec 'int3' is unknown; known are fp32"),
+        (["--profile", BOARD, "--codec", "int3"], "codec 'int3' is unknown; known are lossless"),
         (["--profile", BOARD, "--part", "2", "--parts", "2"], "--part 2 does not exist: .* 0 to 1"),
         (["--profile", BOARD], "give either --task FILE or --cost-table FILE"),
         (["--profile", BOARD, "--task", "none.py"], "task file none.py: no such file"),

@@ -70,7 +70,7 @@ def emulate(call: Call, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_round_is_carried_out_as_on_the_board(call: Call) -> None:
-    done = emulate(call, "--json", "--batch-size", "8", "--codec", "fp32")
+    done = emulate(call, "--json", "--batch-size", "8", "--codec", "lossless")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["board"], answer["finished"], answer["reason"]) == ("toy", True, "")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.blocks import TensorSpec
 from edge_sdk.cost import (
-    BITS_PER_PARAM,
+    CODEC_FIGURES,
     ENCODE_BYTES_PER_ELEMENT,
     OVERHEAD_BYTES,
     CostTable,
@@ -189,8 +189,11 @@ def test_overhead_is_that_of_the_kinds_in_use() -> None:
 
 
 def test_unknown_codecs_are_refused() -> None:
-    assert [bits_per_param(codec) for codec in BITS_PER_PARAM] == list(BITS_PER_PARAM.values())
-    with pytest.raises(ConfigError, match="codec 'zip' is unknown; known are fp32, fp16, int8"):
+    for codec, figures in CODEC_FIGURES.items():
+        assert bits_per_param(codec) == figures.bits_per_param
+    with pytest.raises(
+        ConfigError, match="codec 'zip' is unknown; known are lossless, fp16, balanced, tiny"
+    ):
         bits_per_param("zip")
 
 

@@ -162,8 +162,8 @@ def by_hand(task: Path, home: Path) -> Report:
     port = free_port()
     server = command(
         "reference_server", "run", "--task", task, "--job", "tiny", "--devices", len(BOARDS),
-        "--port", port, "--codec", "fp32", "--rounds", 2, "--seed", 3, "--state", home / "server",
-        "--json", home / "report.json",
+        "--port", port, "--codec", "lossless", "--rounds", 2, "--seed", 3,
+        "--state", home / "server", "--json", home / "report.json",
     )  # fmt: skip
     with ExitStack() as stack:
         running = stack.enter_context(Running(server, home / "server.txt"))

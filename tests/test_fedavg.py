@@ -76,7 +76,7 @@ def fedavg(task: Task, base: Weights, number: int) -> tuple[dict[str, np.ndarray
 @pytest.mark.usefixtures("one_thread")
 def test_full_training_of_everybody_is_fedavg(tmp_path: Path) -> None:
     run = command(
-        "reference_server", "demo", "--strategy", "full", "--codec", "fp32", "--rounds", ROUNDS,
+        "reference_server", "demo", "--strategy", "full", "--codec", "lossless", "--rounds", ROUNDS,
         "--seed", SEED, "--devices", ",".join(BOARDS), "--state", tmp_path / "s",
         "--json", tmp_path / "report.json",
     )  # fmt: skip

@@ -61,8 +61,8 @@ TALLY = Tally(
 
 
 def evil_float(block: Block, value: float) -> bytes:
-    """An fp32 payload with this value everywhere, in byte planes as the codec lays them out."""
-    count = max_change_bytes("fp32", block) // 4
+    """A lossless payload with this value everywhere, in byte planes as the codec lays them out."""
+    count = max_change_bytes("lossless", block) // 4
     return b"".join(bytes([byte]) * count for byte in struct.pack("<f", value))
 
 
@@ -121,7 +121,7 @@ class Field:
     def payload(self, block: Block) -> bytes:
         """A change that changes nothing."""
         still = {s.name: np.zeros(s.shape, s.dtype) for s in block.tensors}
-        return encode_change("fp32", block, still, still, np.random.default_rng(0))
+        return encode_change("lossless", block, still, still, np.random.default_rng(0))
 
     def header(self, device: str, parts: list[tuple[str, bytes]]) -> UpdateHeader:
         offer = self.join(device)
@@ -189,7 +189,7 @@ WRONG: dict[str, tuple[Callable[[Field, str], bytes], str]] = {
     "truncated": (lambda f, d: f.update(d)[:-7], "announces"),
     "of-another-round": (lambda f, d: f.update(d, round=2), "round or ticket"),
     "ticket-of-another": (lambda f, d: f.update(d, ticket=b"x" * 16), "round or ticket"),
-    "another-codec": (lambda f, d: f.update(d, codec="int8"), "codec 'int8', the offer asked"),
+    "another-codec": (lambda f, d: f.update(d, codec="tiny"), "codec 'tiny', the offer asked"),
     "too-heavy": (lambda f, d: f.update(d, num_examples=1 << 26), "a weight of 67108864 samples"),
     "unknown-block": (
         lambda f, d: f.update_of(d, [("nope", b"x")]),
@@ -228,7 +228,7 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     evil = [*WRONG, *OTHERS]
     server = command(
         "reference_server", "run", "--task", task, "--job", JOB, "--broker", broker.url,
-        "--devices", len(evil) + 1, "--codec", "fp32", "--rounds", 1, "--deadline-s", 120,
+        "--devices", len(evil) + 1, "--codec", "lossless", "--rounds", 1, "--deadline-s", 120,
         "--state", home / "server", "--json", home / "report.json",
     )  # fmt: skip
     honest = command(

@@ -93,8 +93,8 @@ class FakeServer:
         self.round += 1
         good = Offer(
             round=self.round, ticket=secrets.token_bytes(16), version=0, base_sha=ZERO_SHA,
-            blocks=self.entries, strategy="last_blocks", open_blocks=self.spec.names, codec="int8",
-            deadline_s=600.0, training=self.training, piece_bytes=PIECE_BYTES,
+            blocks=self.entries, strategy="last_blocks", open_blocks=self.spec.names,
+            codec="balanced", deadline_s=600.0, training=self.training, piece_bytes=PIECE_BYTES,
         )  # fmt: skip
         return msgspec.structs.replace(good, **changes)
 

@@ -32,14 +32,16 @@ def _files(*names: str) -> tuple[str, ...]:
 ROOMS = {
     "edge_sdk/errors.py": Room(0),
     "edge_sdk/blocks.py": Room(1),
+    "edge_sdk/brokers.py": Room(1),
     "edge_sdk/figures.py": Room(1),
     "edge_sdk/profile.py": Room(1, beside=_files("figures")),
     "edge_sdk/wire.py": Room(1, beside=_files("blocks")),
-    "edge_sdk/codec.py": Room(2, beside=_files("cost")),
+    "edge_sdk/codec.py": Room(2, beside=_files("cost", "frames", "quantise")),
     "edge_sdk/cost.py": Room(2),
     "edge_sdk/step.py": Room(2, beside=_files("cost")),
-    "edge_sdk/brokers.py": Room(1),
+    "edge_sdk/frames.py": Room(2),
     "edge_sdk/pieces.py": Room(2),
+    "edge_sdk/quantise.py": Room(2),
     "edge_sdk/merge.py": Room(3),
     "edge_sdk/plan.py": Room(3, beside=_files("ways")),
     "edge_sdk/ways.py": Room(3),
@@ -152,8 +154,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "msgpack": ("edge_sdk/wire.py",),
     "msgspec": tuple(ROOMS),
     "numpy": (
-        *_files("calibrate", "cli", "codec", "infer", "measure", "merge", "model", "prefix"),
-        *_files("prefix_cache", "prefix_export", "train", "trainer"),
+        *_files("calibrate", "cli", "codec", "frames", "infer", "measure", "merge", "model"),
+        *_files("prefix", "prefix_cache", "prefix_export", "quantise", "train", "trainer"),
         "reference_server/evaluate.py",
         "reference_server/export.py",
         "reference_server/versions.py",
@@ -185,7 +187,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "reference_server/evaluate.py",
         "reference_server/export.py",
     ),
-    "zstandard": ("edge_sdk/codec.py",),
+    "zstandard": ("edge_sdk/frames.py",),
 }
 
 # These start or are loaded into small processes: the heavy ones only inside functions.
@@ -221,7 +223,10 @@ CLOCK_CALLS = (
     ["datetime", "today"],
     ["date", "today"],
 )
-SEEDED = (["Random"], ["Generator"], ["default_rng"], ["Philox"], ["PCG64"], ["SeedSequence"], [])
+SEEDED = (
+    *(["Random"], ["Generator"], ["default_rng"], ["SeedSequence"], []),
+    *(["Philox"], ["PCG64"], ["SFC64"]),
+)
 
 # Formats that run code when they are read.
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_sdk.blocks import Block, ModelSpec, TensorSpec
-from edge_sdk.codec import decode_change, encode_change
+from edge_sdk.codec import encode_change
 from edge_sdk.errors import DamagedBlock, ProtocolMisuse, StateError
 from edge_sdk.merge import BlockSum
 from edge_sdk.strategies import strategy_named
@@ -62,12 +62,12 @@ class Round:
             for name, value in trained.items():
                 block = SPEC.block(name)
                 payload = encode_change(
-                    "fp32", block, weights(name, 0.0), weights(name, value),
+                    "lossless", block, weights(name, 0.0), weights(name, value),
                     np.random.default_rng(0),
                 )  # fmt: skip
                 known = load(name)
                 total = BlockSum.zero(block) if known is None else BlockSum.from_bytes(block, known)
-                total.add(decode_change("fp32", block, payload), samples)
+                total.fold("lossless", payload, samples)
                 save(name, total.to_bytes(), total.samples, total.devices)
 
         upload = Upload(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from random import Random
@@ -16,11 +17,11 @@ import pytest
 from edge_sdk.errors import MalformedMessage, StateError
 from edge_sdk.parts import JOURNAL_SUFFIX, PART_SUFFIX, Incoming, sweep_parts
 from edge_sdk.pieces import Ranges
+from edge_sdk.wire import Piece
 
 PIECE = 256
 CONTENT = Random(0).randbytes(10 * PIECE - 7)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-TRANSFER = bytes.fromhex(SHA256)[:8]
 
 
 @pytest.fixture
@@ -32,12 +33,18 @@ def incoming(stem: Path, sha256: str = SHA256, piece_bytes: int = PIECE) -> Inco
     return Incoming(stem, sha256, len(CONTENT), piece_bytes, Random(1))
 
 
+def give(into: Incoming, index: int, data: bytes, transfer: bytes | None = None) -> bool:
+    """Whether a piece was new."""
+    name = bytes.fromhex(into.sha256)[:8] if transfer is None else transfer
+    return into.take(Piece(name, index, into.pieces, data, zlib.crc32(data)))
+
+
 def send(into: Incoming, ranges: Ranges, lose: Collection[int] = ()) -> None:
     size = into.piece_bytes
     for first, stop in ranges:
         for index in range(first, stop):
             if index not in lose:
-                into.take(bytes.fromhex(into.sha256)[:8], index, CONTENT[index * size :][:size])
+                give(into, index, CONTENT[index * size :][:size])
 
 
 def test_a_whole_arrives_in_the_windows_it_asks_for(stem: Path) -> None:
@@ -74,9 +81,9 @@ def test_after_a_lost_link_everything_missing_is_asked_for_at_once(stem: Path) -
 
 def test_pieces_of_another_whole_and_duplicates_change_nothing(stem: Path) -> None:
     whole = incoming(stem)
-    assert not whole.take(b"another!", 0, CONTENT[:PIECE])
-    assert whole.take(TRANSFER, 0, CONTENT[:PIECE])
-    assert not whole.take(TRANSFER, 0, bytes(PIECE))
+    assert not give(whole, 0, CONTENT[:PIECE], b"another!")
+    assert give(whole, 0, CONTENT[:PIECE])
+    assert not give(whole, 0, bytes(PIECE))
     assert whole.path.read_bytes()[:PIECE] == CONTENT[:PIECE]
     assert whole.received == 1
 
@@ -85,7 +92,7 @@ def test_pieces_of_another_whole_and_duplicates_change_nothing(stem: Path) -> No
 def test_pieces_that_fit_nowhere_are_refused(stem: Path, index: int, length: int) -> None:
     whole = incoming(stem)
     with pytest.raises(MalformedMessage, match=f"piece {index}"):
-        whole.take(TRANSFER, index, bytes(length))
+        give(whole, index, bytes(length))
     assert whole.received == 0
 
 
@@ -184,7 +191,7 @@ def test_a_full_disk_keeps_what_was_there_and_counts_no_more(small_disk: Path) -
 
     def fill() -> None:
         for index in range(whole.pieces):
-            whole.take(bytes.fromhex(sha256)[:8], index, bytes(piece))
+            give(whole, index, bytes(piece))
 
     with pytest.raises(StateError, match="free some space there"):
         fill()

@@ -47,7 +47,7 @@ def chosen(
         training,
         limits,
         num_examples=num_examples,
-        codec="int8",
+        codec="balanced",
         bits_per_param=5.2,
     )
 

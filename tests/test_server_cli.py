@@ -146,7 +146,7 @@ def test_wrong_usage_is_one_line(call: Call, words: list[str], complaint: str) -
     ("option", "value", "complaint"),
     [
         ("--strategy", "first_blocks", "'first_blocks' is unknown; known are full, last_blocks"),
-        ("--codec", "int3", "codec 'int3' is unknown; known are fp32, fp16, int8"),
+        ("--codec", "int3", "codec 'int3' is unknown; known are lossless, fp16, balanced, tiny"),
         ("--json", "none/report.json", "--json none/report.json: cannot be written: No such file"),
         ("--json", "folder", "--json folder: cannot be written: Is a directory; name a file"),
         ("--json", "/proc/report.json", "--json /proc/report.json: cannot be written: "),
@@ -268,7 +268,7 @@ def test_a_server_that_could_not_be_used_is_not_started(
     ("words", "complaint"),
     [
         (["--seed", "7"], "was started with seed 0, now 7 is asked for: continue with the old"),
-        (["--codec", "fp16"], "was started with codec 'fp32', now 'fp16'"),
+        (["--codec", "fp16"], "was started with codec 'lossless', now 'fp16'"),
         (["--strategy", "full"], "was started with strategy 'last_blocks', now 'full'"),
         (["--job", "other"], "belongs to job 'demo', not to 'other': choose another state"),
     ],
@@ -276,7 +276,7 @@ def test_a_server_that_could_not_be_used_is_not_started(
 def test_other_terms_do_not_continue_a_job(
     call: Call, state: Path, digits_task: Path, words: list[str], complaint: str
 ) -> None:
-    known = ["--task", digits_task, "--job", "demo", "--codec", "fp32", "--port", 0]
+    known = ["--task", digits_task, "--job", "demo", "--codec", "lossless", "--port", 0]
     done = call("run", "--state", state / "server", *known, *words)
     assert_refused(done, 2, f"{state / 'server'}", complaint)
 
@@ -284,7 +284,7 @@ def test_other_terms_do_not_continue_a_job(
 def test_another_model_does_not_continue_a_job(
     call: Call, state: Path, digits_task: Path, task_path: Path
 ) -> None:
-    known = ["--job", "demo", "--codec", "fp32", "--port", 0, "--state", state / "server"]
+    known = ["--job", "demo", "--codec", "lossless", "--port", 0, "--state", state / "server"]
     assert_refused(call("run", *known, "--task", task_path), 2, "the task now builds .*restore")
     (state / "server" / "report.json").write_text("{")
     done = call("run", *known, "--task", digits_task)
@@ -292,7 +292,7 @@ def test_another_model_does_not_continue_a_job(
 
 
 def test_simulate_passes_on_what_its_server_refuses(state: Path, digits_task: Path) -> None:
-    words = ["simulate", "--task", digits_task, *FLEET, "--state", state, "--codec", "fp32"]
+    words = ["simulate", "--task", digits_task, *FLEET, "--state", state, "--codec", "lossless"]
     done = subprocess.run(
         command("reference_server", *words, "--seed", 7, "--rounds", 1),
         capture_output=True, text=True, timeout=60,
@@ -469,7 +469,7 @@ def test_a_finished_server_says_so_and_starts_no_broker(
 ) -> None:
     shutil.rmtree(state / "broker")
     words = ["--state", state / "server", "--task", digits_task, "--job", "demo", "--port", 0]
-    done = call("run", *words, "--codec", "fp32", "--rounds", 1, "--json", "report.json")
+    done = call("run", *words, "--codec", "lossless", "--rounds", 1, "--json", "report.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("this job was finished before, with 1 round; ")
     report = json.loads(Path("report.json").read_text())

@@ -68,7 +68,7 @@ class InItsTerminal(Running):
 
 def fleet(task: Path, state: Path, *options: object) -> list[object]:
     words = ["simulate", "--task", task, "--devices", ",".join(BOARDS), "--state", state]
-    return [*words, "--codec", "fp32", *options]
+    return [*words, "--codec", "lossless", *options]
 
 
 def assert_all_gone(members: list[psutil.Process]) -> None:

@@ -48,7 +48,7 @@ def plan_of(blocks: tuple[str, ...], batch_size: int = 8, **how: Any) -> Plan:
     return Plan(
         blocks=blocks,
         batch_size=batch_size,
-        codec="int8",
+        codec="balanced",
         peak_bytes=0,
         budget_bytes=0,
         train_s=0.0,
@@ -350,9 +350,9 @@ model, data = BlockModel(task), Samples((torch.randn(8, 4), torch.zeros(8).long(
 cost_table_apart(model, data)
 for optimizer in ("sgd", "adam", "adamw"):
     for micro_batch, levers in ((4, False), (8, True)):
-        plan = Plan(blocks=model.spec.names, batch_size=8, micro_batch=micro_batch, codec="int8",
-                    checkpoint=levers, step_in_backward=levers, peak_bytes=0, budget_bytes=0,
-                    train_s=0, round_s=0, upload_bytes=0, flops=0)
+        plan = Plan(blocks=model.spec.names, batch_size=8, micro_batch=micro_batch,
+                    codec="balanced", checkpoint=levers, step_in_backward=levers,
+                    peak_bytes=0, budget_bytes=0, train_s=0, round_s=0, upload_bytes=0, flops=0)
         train(model, data, plan, Training(optimizer=optimizer), order_seed=1)
 evaluate(model, data)
 print(sorted({"torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes", "onnxruntime"}

@@ -116,7 +116,9 @@ def test_every_message_comes_back_as_it_was(cls: type) -> None:
 def test_pieces_come_back_as_they_were(data: bytes, index: int) -> None:
     payload = encode_piece(SHA, index, 2**32 - 1, data)
     assert len(payload) == PIECE_OVERHEAD_BYTES + len(data)
-    assert decode(payload) == Piece(bytes.fromhex(SHA)[:8], index, 2**32 - 1, data)
+    assert decode(payload) == Piece(
+        bytes.fromhex(SHA)[:8], index, 2**32 - 1, data, zlib.crc32(data)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,7 +152,7 @@ def test_stored_control_messages_still_decode(name: str) -> None:
 
 def test_a_stored_piece_still_decodes() -> None:
     piece = decode(bytes.fromhex(GOLDEN["Piece"]["hex"]))
-    assert piece == Piece(bytes.fromhex(SHA)[:8], 2, 7, b"raw bytes")
+    assert piece == Piece(bytes.fromhex(SHA)[:8], 2, 7, b"raw bytes", zlib.crc32(b"raw bytes"))
 
 
 def test_a_stored_update_still_decodes() -> None:

@@ -107,14 +107,9 @@ class ServerRound:
 
     def receive(self, header: UpdateHeader, parts: Sequence[tuple[str, memoryview]]) -> None:
         """Fold one checked update; WrongUpdate leaves the block it fails in as it was."""
-        from edge_sdk.codec import decode_change
-
         for name, payload in parts:
             total = self._sums.load(name)
-            total.add(
-                decode_change(header.codec, self._spec.block(name), payload),
-                weight=header.num_examples,
-            )
+            total.fold(header.codec, payload, header.num_examples)
             self._sums.save(name, total)
 
     def close(

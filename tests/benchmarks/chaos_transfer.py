@@ -2,10 +2,10 @@
 
 Devices, six at once, each with an update of its own in its spool, a server and a broker, each in a
 process of its own that is started again at once. Kills (SIGKILL) fall at seeded points of the way
-from the first piece to the last; a broker lives for some seconds before it is killed again, because
-one that ends every connection at once looks like a fight over a client id. The devices share a line of
-4 MB/s. The oracle is the ledger: its
-audit with the devices' receipts, and sums equal, byte for byte, to those of each update once.
+from the first piece to the last; a broker lives for some seconds before it is killed again, for one
+that ends every connection at once looks like a fight over a client id. The devices share a line of
+4 MB/s. The oracle is the ledger: its audit with the devices' receipts, and sums equal, byte for
+byte, to those of each update once.
 
 Keys: transfers, applied, double (how often an update was added to the sums beyond once), sums_equal
 (1: yes), pieces_over_min (bytes of pieces handed to links over the updates' bytes), kills, wall_s.
@@ -59,9 +59,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            return subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=log, stderr=log
-            )
+            return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
 
 class Chaos:

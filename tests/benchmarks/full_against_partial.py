@@ -128,7 +128,7 @@ class Arm:
             blocks=blocks,
             batch_size=self.batch,
             micro_batch=self.micro_batch or self.batch,
-            codec="int8",
+            codec="balanced",
             checkpoint=self.best,
             step_in_backward=self.best,
             prefix=FrozenPrefix(blocks=prefix, cache="disk" if self.cached else "none"),

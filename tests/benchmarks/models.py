@@ -19,6 +19,8 @@ SAMPLES = 192
 class Attention(nn.Module):
     """One transformer block before normalisation."""
 
+    causal = False
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -30,7 +32,9 @@ class Attention(nn.Module):
         batch, places, width = x.shape
         parts = self.qkv(self.norm1(x)).view(batch, places, 3, self.heads, width // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(
+            1, 2
+        )
         x = x + self.out(mixed.reshape(batch, places, width))
         out: torch.Tensor = x + self.down(functional.gelu(self.up(self.norm2(x))))
         return out

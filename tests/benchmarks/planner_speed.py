@@ -110,8 +110,8 @@ def _choose(
         Training(batch_size=32),
         limits,
         num_examples=400,
-        codec="int8",
-        bits_per_param=bits_per_param("int8"),
+        codec="balanced",
+        bits_per_param=bits_per_param("balanced"),
     ).blocks
 
 

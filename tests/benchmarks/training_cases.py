@@ -194,7 +194,7 @@ def plan_of(blocks: Sequence[str], way: Way, training: Training, steps: int) -> 
         blocks=tuple(blocks),
         batch_size=training.batch_size,
         micro_batch=way.micro_batch,
-        codec="int8",
+        codec="balanced",
         steps=steps,
         checkpoint=way.levers.checkpoint,
         step_in_backward=way.levers.step_in_backward,
