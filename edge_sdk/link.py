@@ -39,8 +39,9 @@ NOTSENT_LOWAT_BYTES = 1 << 14
 # keeps a link of 200 ms and 10 Mbit/s busy, is what the process holds in memory, and what a cut
 # makes us send again.
 SEND_WINDOW_BYTES = 256 * 1024
-# On a slow line it is less: what waits for its turn longer than this gains nothing.
-STANDING_S = 0.15
+# On a slow line it is less: as much as is through in this many times the least time one message
+# took, and a little. That bridges what TCP sends again after a loss; more would only wait.
+STRETCH, STRETCH_S = 2.0, 0.1
 LEAST_SEND_WINDOW_BYTES = 60 * 1024
 
 _RARELY = 16  # failures after which the wait is at its cap
@@ -230,9 +231,8 @@ class Alarm:
 class Window:
     """Publishes the broker has not acknowledged. Never calls paho while it holds its lock.
 
-    ``drained`` is called, without the lock, when bulk messages may be handed over again. That is as
-    many as the line carries in the least time one took, and STANDING_S more: the rest would only
-    wait, be in memory, and be sent again after a cut.
+    ``drained`` is called, without the lock, when bulk messages may be handed over again. How many
+    may be pending follows from how long they take: what only waits would be sent again after a cut.
     """
 
     def __init__(self, drained: Callable[[], None] = lambda: None) -> None:
@@ -321,7 +321,7 @@ class Window:
 
     def _adapt(self, size_bytes: int, took_s: float) -> None:
         self._least_s = min(self._least_s, took_s)
-        longer = took_s > self._least_s + STANDING_S
+        longer = took_s > STRETCH * self._least_s + STRETCH_S
         limit_bytes = self._limit_bytes + (-size_bytes if longer else size_bytes)
         self._limit_bytes = min(SEND_WINDOW_BYTES, max(LEAST_SEND_WINDOW_BYTES, limit_bytes))
 

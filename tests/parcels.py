@@ -39,27 +39,37 @@ def weights(block: Block, seed: int) -> dict[str, np.ndarray]:
     return {s.name: rng.standard_normal(s.shape, np.float32) for s in block.tensors}
 
 
-def update(spec: ModelSpec, base_sha: str, ticket: bytes, seed: int, samples: int = 1) -> bytes:
-    """An update of all blocks, of random changes."""
+def update(spec: ModelSpec, base_sha: str, ticket: bytes, seed: int, last: int) -> bytes:
+    """An update of the last so many blocks, of random changes."""
     parts = []
-    for number, block in enumerate(spec.blocks):
+    for number, block in enumerate(spec.blocks[-last:]):
         still = {s.name: np.zeros(s.shape, np.float32) for s in block.tensors}
         moved = weights(block, seed * 1000 + number)
         rng = np.random.default_rng(seed)
         parts.append((block.name, encode_change(CODEC, block, still, moved, rng)))
     header = UpdateHeader(
-        round=ROUND, ticket=ticket, base_sha=base_sha, codec=CODEC, num_examples=samples,
+        round=ROUND, ticket=ticket, base_sha=base_sha, codec=CODEC, num_examples=1,
         metrics=METRICS, blocks=tuple((name, len(payload)) for name, payload in parts),
     )  # fmt: skip
     return encode_update(header, [payload for _, payload in parts])
 
 
 def fill_spool(
-    directory: Path, spec: ModelSpec, server_dir: Path, device: str, base_sha: str, seed: int = 1
+    directory: Path,
+    spec: ModelSpec,
+    server_dir: Path,
+    device: str,
+    base_sha: str,
+    *,
+    seed: int = 1,
+    last: int = 0,
 ) -> SpoolEntry:
-    """Put a device's update into its spool, with the ticket that the server there would give."""
+    """Put a device's update into its spool, with the ticket that the server there would give.
+
+    ``last``: of how many blocks; 0: all.
+    """
     ticket = Tickets.load_or_create(server_dir).issue(JOB, ROUND, device, base_sha)
-    body = update(spec, base_sha, ticket, seed)
+    body = update(spec, base_sha, ticket, seed, last or len(spec.blocks))
     return Spool(directory).put(JOB, ROUND, ticket, body, float(seed))
 
 

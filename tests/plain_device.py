@@ -16,6 +16,7 @@ import queue
 import random
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,8 @@ from edge_sdk.wire import (
 )
 
 JOB = "parcels"
+# What a kill may leave uncounted of the bytes on the socket.
+NOTE_EVERY_S = 0.02
 _NOTES = struct.Struct("<5Q")
 
 
@@ -54,13 +57,15 @@ class Notes:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(handle, _NOTES.size)
         self._map = mmap.mmap(handle, _NOTES.size)
+        self._one_writer = threading.Lock()
         os.close(handle)
 
     def add(self, *counts: int) -> None:
         """Add to each of them, in their order."""
-        old = _NOTES.unpack(self._map)
-        more = (*counts, *[0] * (len(old) - len(counts)))
-        self._map[:] = _NOTES.pack(*(a + b for a, b in zip(old, more, strict=True)))
+        with self._one_writer:
+            old = _NOTES.unpack(self._map)
+            more = (*counts, *[0] * (len(old) - len(counts)))
+            self._map[:] = _NOTES.pack(*(a + b for a, b in zip(old, more, strict=True)))
 
 
 class Noted(NamedTuple):
@@ -93,7 +98,7 @@ class NotingLink(Link):
         return accepted
 
     def note_bytes(self) -> None:
-        """Bring the counted bytes up to date."""
+        """Bring the counted bytes up to date; from one thread."""
         now = (self.sent_bytes, self.received_bytes)
         self.notes.add(0, 0, 0, now[0] - self.noted[0], now[1] - self.noted[1])
         self.noted = now
@@ -166,12 +171,10 @@ class PlainDevice:
             self._greet()
         self.outbox.pump()
         self.fetch.repeat()
-        self.link.note_bytes()
 
     def close(self) -> None:
         """Leave."""
         self.link.close()
-        self.link.note_bytes()
 
     def has_blocks(self) -> bool:
         """Whether all that was wanted of the version it knows of is here."""
@@ -241,12 +244,24 @@ def main() -> None:
     mine = parser.parse_args()
     logging.basicConfig(format=f"%(asctime)s {mine.device}: %(message)s", level=logging.INFO)
     device = PlainDevice(mine.url, mine.device, mine.state, notes=mine.notes, profile=mine.profile)
+    left = threading.Event()
+
+    def note() -> None:
+        while not left.wait(NOTE_EVERY_S):
+            device.link.note_bytes()
+
+    noting = threading.Thread(target=note, daemon=True)
+    noting.start()
     device.start()
     device.deliver()
     device.run(lambda: device.outbox.entry is None)
     for receipt in device.receipts:
         sys.stdout.write(f"{receipt.verdict} {receipt.sha256} {receipt.reason}\n")
+        sys.stdout.flush()
     device.close()
+    left.set()
+    noting.join()
+    device.link.note_bytes()
 
 
 if __name__ == "__main__":

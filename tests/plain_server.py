@@ -15,6 +15,7 @@ import logging
 import queue
 import random
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ from reference_server.ledger import Ledger
 from reference_server.trust import Tickets
 from reference_server.versions import Manifest, VersionStore
 from tests.parcels import CODEC, JOB, ROUND, model, weights
+from tests.relay import eventually
 
 ROUND_S = 3600.0
 
@@ -229,6 +231,21 @@ def command(url: str, state: Path, blocks: int, size_bytes: int, profile: str) -
     sizes = ("--blocks", str(blocks), "--size-bytes", str(size_bytes))
     places = ("--url", url, "--state", str(state), "--profile", profile)
     return [sys.executable, "-m", "tests.plain_server", *places, *sizes]
+
+
+def ask(server: subprocess.Popen[bytes], order: str) -> dict[str, Any]:
+    """Give a server's process an order, and its answer."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(order.encode() + b"\n")
+    server.stdin.flush()
+    answer: dict[str, Any] = json.loads(server.stdout.readline())
+    return answer
+
+
+def wait_until_ready(server: subprocess.Popen[bytes]) -> None:
+    """Until it is connected and its blocks are where they should be."""
+    eventually(lambda: bool(ask(server, "report")["ready"]), 30.0)
 
 
 def obey(server: PlainServer) -> None:

@@ -74,7 +74,7 @@ class Chaos:
         for number in range(transfers):
             device = f"d{number:02}"
             spool = home / device / "spool"
-            entry = fill_spool(spool, self.spec, home / "server", device, base_sha, number + 1)
+            entry = fill_spool(spool, self.spec, home / "server", device, base_sha, seed=number + 1)
             self.entries[device] = entry
             self.bodies.append(Spool(spool).read_piece(entry, 0, entry.size_bytes))
         self.min_bytes = sum(map(len, self.bodies))
