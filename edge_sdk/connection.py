@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import Any
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -93,7 +94,7 @@ class _Client(paho.Client):
         super().__init__(
             CallbackAPIVersion.VERSION2,
             client_id=setup.client_id,
-            clean_session=None if newest else True,
+            clean_session=None if newest else setup.session_s == 0,
             protocol=MQTTProtocolVersion.MQTTv5 if newest else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
         )
@@ -239,13 +240,17 @@ class Connection:
     def _open(self, limit_s: float) -> None:
         address, client = self._setup.address, self._client
         client.connect_timeout = min(TCP_LIMIT_S, limit_s)
-        properties = None
+        session_s = self._setup.session_s
+        terms: dict[str, Any] = {}
         if self.greeting.protocol == "5":
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.MaximumPacketSize = MAX_PACKET_BYTES
+            if session_s:
+                properties.SessionExpiryInterval = session_s
+            terms = {"properties": properties, "clean_start": session_s == 0}
         announced_s = self._setup.keepalive_s + KEEPALIVE_GRACE_S
         try:
-            client.connect(address.host, address.port, announced_s, properties=properties)
+            client.connect(address.host, address.port, announced_s, **terms)
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be a host's
             raise explain(address, error) from error
         tune(client.socket())
@@ -285,7 +290,7 @@ class Connection:
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             window.cancel(len(payload))
             return False
-        window.name(info.mid, len(payload))
+        window.name(info.mid, len(payload), time.monotonic())
         return True
 
     def subscribe_and_wait(self, topic_filters: tuple[str, ...]) -> None:

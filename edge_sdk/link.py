@@ -39,6 +39,10 @@ NOTSENT_LOWAT_BYTES = 1 << 14
 # keeps a link of 200 ms and 10 Mbit/s busy, is what the process holds in memory, and what a cut
 # makes us send again.
 SEND_WINDOW_BYTES = 256 * 1024
+# On a slow line it is less: as much as is through in this many times the least time one message
+# took, and a little. That bridges what TCP sends again after a loss; more would only wait.
+STRETCH, STRETCH_S = 2.0, 0.1
+LEAST_SEND_WINDOW_BYTES = 60 * 1024
 
 _RARELY = 16  # failures after which the wait is at its cap
 _BAD_CREDENTIALS, _BAD_CLIENT_ID = (0x86, 0x87), 0x85
@@ -178,6 +182,7 @@ class Setup:
     keepalive_s: int
     tls: ssl.SSLContext | None
     will: tuple[str, bytes] | None
+    session_s: int = 0
 
 
 def make_setup(
@@ -186,14 +191,12 @@ def make_setup(
     keepalive_s: int = KEEPALIVE_S,
     ca_file: str | None = None,
     will: tuple[str, bytes] | None = None,
+    session_s: int = 0,
 ) -> Setup:
     address = parse_address(url)
-    if not address.tls:
-        return Setup(address, client_id, keepalive_s, None, will)
     try:
-        return Setup(
-            address, client_id, keepalive_s, ssl.create_default_context(cafile=ca_file), will
-        )
+        tls = ssl.create_default_context(cafile=ca_file) if address.tls else None
+        return Setup(address, client_id, keepalive_s, tls, will, session_s)
     except OSError as error:
         raise ConfigError(
             f"{ca_file}: no CA certificates to check {address} with ({error}); "
@@ -232,18 +235,26 @@ class Alarm:
 class Window:
     """Publishes the broker has not acknowledged. Never calls paho while it holds its lock.
 
-    ``drained`` is called, without the lock, when they fall to SEND_WINDOW_BYTES.
+    ``drained`` is called, without the lock, when bulk messages may be handed over again. How many
+    may be pending follows from how long they take: what only waits would be sent again after a cut.
     """
 
     def __init__(self, drained: Callable[[], None] = lambda: None) -> None:
         self._drained = drained
         self._changed = threading.Condition()
-        self._size_by_mid: dict[int, int] = {}
+        self._sent_by_mid: dict[int, tuple[int, float]] = {}
         self._early: set[int] = set()
         self._moved_s = 0.0
         self.handed = 0
         self.count = 0
         self.size_bytes = 0
+        self._least_s = float("inf")
+        self._limit_bytes = LEAST_SEND_WINDOW_BYTES
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a bulk message may be handed over."""
+        return self.size_bytes <= self._limit_bytes
 
     def reserve(self, size_bytes: int, now_s: float) -> None:
         """Count a message that is about to be handed to paho."""
@@ -254,11 +265,11 @@ class Window:
             self.count += 1
             self.size_bytes += size_bytes
 
-    def name(self, mid: int, size_bytes: int) -> None:
+    def name(self, mid: int, size_bytes: int, now_s: float) -> None:
         """Tie it to its packet id, which may have been acknowledged already."""
         with self._changed:
             if mid not in self._early:
-                self._size_by_mid[mid] = size_bytes
+                self._sent_by_mid[mid] = (size_bytes, now_s)
                 return
             self._early.remove(mid)
             drained = self._release(size_bytes)
@@ -269,11 +280,12 @@ class Window:
         """The broker has it."""
         with self._changed:
             self._moved_s = now_s
-            size_bytes = self._size_by_mid.pop(mid, None)
-            if size_bytes is None:
+            sent = self._sent_by_mid.pop(mid, None)
+            if sent is None:
                 self._early.add(mid)
                 return
-            drained = self._release(size_bytes)
+            size_bytes, sent_s = sent
+            drained = self._release(size_bytes, now_s - sent_s)
         if drained:
             self._drained()
 
@@ -286,8 +298,9 @@ class Window:
     def clear(self) -> None:
         """Forget everything: the connection is gone."""
         with self._changed:
-            self._size_by_mid.clear()
+            self._sent_by_mid.clear()
             self._early.clear()
+            self._least_s, self._limit_bytes = float("inf"), LEAST_SEND_WINDOW_BYTES
             self.handed = self.count = self.size_bytes = 0
             self._changed.notify_all()
 
@@ -300,13 +313,21 @@ class Window:
         """Whether something is pending and nothing moved for too long."""
         return self.count > 0 and now_s - self._moved_s > ACK_LIMIT_S
 
-    def _release(self, size_bytes: int) -> bool:
+    def _release(self, size_bytes: int, took_s: float = 0.0) -> bool:
         """Whether that made room for bulk messages again."""
-        before_bytes = self.size_bytes
+        had_room = self.has_room
         self.count -= 1
         self.size_bytes -= size_bytes
+        if size_bytes * 2 >= LEAST_SEND_WINDOW_BYTES and took_s > 0.0:
+            self._adapt(size_bytes, took_s)
         self._changed.notify_all()
-        return self.size_bytes <= SEND_WINDOW_BYTES < before_bytes
+        return self.has_room and not had_room
+
+    def _adapt(self, size_bytes: int, took_s: float) -> None:
+        self._least_s = min(self._least_s, took_s)
+        longer = took_s > STRETCH * self._least_s + STRETCH_S
+        limit_bytes = self._limit_bytes + (-size_bytes if longer else size_bytes)
+        self._limit_bytes = min(SEND_WINDOW_BYTES, max(LEAST_SEND_WINDOW_BYTES, limit_bytes))
 
 
 class Vigil:

@@ -30,7 +30,6 @@ from edge_sdk.connection import (
 from edge_sdk.errors import BrokerRefused, LinkError, ProtocolMisuse
 from edge_sdk.link import (
     KEEPALIVE_S,
-    SEND_WINDOW_BYTES,
     Arrived,
     Comeback,
     Drained,
@@ -92,12 +91,14 @@ class Link:
         will: tuple[str, bytes] | None = None,
         rng: random.Random | None = None,
         limits: BrokerProfile = BROKERS["generic"],
+        session_s: int = 0,
     ) -> None:
         """``will`` is (topic, payload): published retained, at QoS 1, when we vanish.
 
         ``limits``: what this kind of broker allows beyond what it says itself.
+        ``session_s``: how long the broker keeps for us what arrives while we are away; 0: not.
         """
-        self._setup = make_setup(url, client_id, keepalive_s, ca_file, will)
+        self._setup = make_setup(url, client_id, keepalive_s, ca_file, will, session_s)
         self._inbox = inbox
         self._comeback = Comeback(rng or random.Random())
         self._shared = Shared(self._deliver, lambda: inbox.put(Drained()))
@@ -166,7 +167,7 @@ class Link:
     @property
     def has_room(self) -> bool:
         """Whether a bulk message may be handed over; when not, ``Drained`` tells that it may."""
-        return self._connected and self.pending_bytes <= SEND_WINDOW_BYTES
+        return self._connected and self._shared.window.has_room
 
     def pause_s(self) -> float:
         """Seconds to wait before the next bulk message, by the limits of this kind of broker."""

@@ -31,6 +31,8 @@ MAX_PIECES_PER_WANT = 64
 # A piece passes in so little that nothing waits long behind it, and a cut costs little.
 PIECE_S = 0.5
 MIN_PIECE_BYTES = 4096
+# A new connection and the first word of a server that is there already come together.
+ONCE_S = 1.0
 
 
 def piece_limit_bytes(uplink_bytes_per_s: float) -> int:
@@ -58,6 +60,7 @@ class Outbox:
         self._feed = Feed(link)
         # A server that folds other updates answers after a second or two; sooner would be noise.
         self._open = Retry(rng, 2.0)
+        self._announced_s = float("-inf")
         self.entry: SpoolEntry | None = None
 
     @property
@@ -75,17 +78,21 @@ class Outbox:
             size_bytes=entry.size_bytes,
             piece_bytes=self._link.piece_bytes(self._piece_bytes),
         )
-        self._link.publish(self._up, encode(message))
-        self._open.arm(self._clock())
+        now_s = self._clock()
+        if self._link.publish(self._up, encode(message)):
+            self._announced_s = now_s
+        self._open.arm(now_s)
 
     def reconnected(self) -> None:
         """A new connection: what was under way is lost, the server says what it lacks."""
         self._feed.reconnected()
-        self.announce()
+        if self.entry is not None:
+            self.deliver(self.entry)
 
     def announce(self) -> None:
         """Say again what is being delivered: the server may be another one than before."""
-        if self.entry is not None:
+        # Said twice, pieces would be asked for twice, too.
+        if self.entry is not None and self._clock() - self._announced_s > ONCE_S:
             self.deliver(self.entry)
 
     def wanted(self, want: Want) -> None:

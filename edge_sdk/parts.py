@@ -55,6 +55,18 @@ class Incoming:
         self._resume()
         self.forget_asked()
 
+    @classmethod
+    def found(cls, stem: Path, rng: Random) -> Incoming | None:
+        """Continue whatever lies at ``stem``; None when nothing does that can be used."""
+        try:
+            with stem.with_name(stem.name + JOURNAL_SUFFIX).open("rb") as journal:
+                magic, piece_bytes, size_bytes, digest = _HEAD.unpack(journal.read(_HEAD.size))
+        except (OSError, struct.error):
+            return None
+        if magic != _MAGIC or not piece_bytes:
+            return None
+        return cls(stem, digest.hex(), size_bytes, piece_bytes, rng)
+
     @property
     def complete(self) -> bool:
         """Whether every piece has arrived."""
@@ -193,6 +205,12 @@ class Incoming:
         with disk_errors("read", self.path), self.path.open("rb") as file:
             while chunk := file.read(READ_CHUNK_BYTES):
                 yield chunk
+
+
+def stems(directory: Path) -> list[Path]:
+    """All that is on its way in a directory."""
+    with disk_errors("read", directory):
+        return [path.with_suffix("") for path in sorted(directory.glob(f"*{JOURNAL_SUFFIX}"))]
 
 
 def sweep_parts(directory: Path, keep: Collection[Path] = ()) -> None:

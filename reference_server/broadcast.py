@@ -29,10 +29,11 @@ log = logging.getLogger("reference_server")
 
 
 class _Held(msgspec.Struct, frozen=True):
-    """What lies in a slot; 0 pieces: nothing."""
+    """What lies in a slot; 0 pieces: nothing. ``most``: as many as were ever there, and may be."""
 
     sha256: str = ""
     pieces: int = 0
+    most: int = 0
 
 
 class _Place(msgspec.Struct, frozen=True):
@@ -41,11 +42,22 @@ class _Place(msgspec.Struct, frozen=True):
     slots: tuple[_Held, _Held] = (_Held(), _Held())
     current: int = 0
 
-    def with_block(self, held: _Held) -> _Place:
+    def with_block(self, sha256: str, pieces: int) -> _Place:
         """The block in the other slot, which becomes the current one."""
         other = 1 - self.current
+        held = _Held(sha256, pieces, max(pieces, self.slots[other].most))
         slots = (held, self.slots[1]) if other == 0 else (self.slots[0], held)
         return _Place(slots, other)
+
+    def has(self, sha256: str, pieces: int) -> bool:
+        """Whether the current slot holds that block."""
+        held = self.slots[self.current]
+        return (held.sha256, held.pieces) == (sha256, pieces)
+
+    def emptied(self) -> _Place:
+        """Nothing in either slot, but what is still to be deleted."""
+        first, second = self.slots
+        return _Place((_Held(most=first.most), _Held(most=second.most)), self.current)
 
 
 class _Layout(msgspec.Struct, frozen=True):
@@ -71,7 +83,7 @@ class Broadcast:
         self._versions, self._broker = versions, broker
         self._feed = Feed(link)
         self._entries: Sequence[BlockEntry] = ()
-        self._checking = self._intact = False
+        self._connected = self._checking = self._intact = False
         self._layout = self._load()
 
     @property
@@ -95,26 +107,31 @@ class Broadcast:
         if not self._broker.retains:
             return
         known = self._layout
-        if known.piece_bytes != piece_bytes or len(known.places) != len(entries):
-            self.clear()
+        if not known.places:
             known = _Layout(piece_bytes, tuple(_Place() for _ in entries))
+        elif known.piece_bytes != piece_bytes:
+            known = _Layout(piece_bytes, tuple(place.emptied() for place in known.places))
         places = []
         for entry, place in zip(entries, known.places, strict=True):
-            held = _Held(entry.sha256, self._pieces(entry, piece_bytes))
-            places.append(place if place.slots[place.current] == held else place.with_block(held))
+            wanted = (entry.sha256, self._pieces(entry, piece_bytes))
+            places.append(place if place.has(*wanted) else place.with_block(*wanted))
         self._keep(_Layout(piece_bytes, tuple(places)))
+        # What is not sent now is sent once it is known what the broker has.
         for number, (old, new) in enumerate(zip(known.places, places, strict=True)):
-            if new != old:
+            if new != old and self._connected:
                 self._send(number)
-                slot = new.current
-                self._delete(number, slot, range(new.slots[slot].pieces, old.slots[slot].pieces))
 
     def connected(self) -> None:
         """A new connection: find out whether the broker still has what it was given."""
         self._feed.reconnected()
+        self._connected = True
         self._checking, self._intact = bool(self._layout.places), False
         if self._checking:
             self._link.publish(self._topics.echo, b"?")
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self._connected = self._checking = False
 
     def heard_head(self, layout: str) -> None:
         """The head that the broker has."""
@@ -145,7 +162,7 @@ class Broadcast:
         """Delete all that lies in the broker."""
         for number, place in enumerate(self._layout.places):
             for slot, held in enumerate(place.slots):
-                self._delete(number, slot, range(held.pieces))
+                self._delete(number, slot, range(held.most))
         self._keep(_Layout())
 
     def _pieces(self, entry: BlockEntry, piece_bytes: int) -> int:
@@ -168,6 +185,8 @@ class Broadcast:
             return self._topics.retained(slot, number, index), piece
 
         self._feed.order(str(number), held.sha256, range(held.pieces), make, retain=True)
+        for one, other in enumerate(place.slots):
+            self._delete(number, one, range(other.pieces, other.most))
 
     def _delete(self, number: int, slot: int, pieces: range) -> None:
         for index in pieces:

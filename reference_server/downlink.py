@@ -35,6 +35,8 @@ from reference_server.versions import Manifest, VersionStore
 
 # One answer to a Want: what a device may have waiting here, whatever it asks for.
 MAX_PIECES_PER_WANT = 64
+# Pieces that were asked for before the server died are not asked for again if the broker kept them.
+DATA_SESSION_S = 3600
 
 
 class Downlink:
@@ -55,7 +57,14 @@ class Downlink:
         name = f"server-{job}"[:58]
         self.topics = Topics(job)
         self._link = Link(url, name, inbox, rng=rng, limits=broker)
-        self._data_link = Link(url, f"{name}-data", _OnlyWhatArrives(inbox), rng=rng, limits=broker)
+        self._data_link = Link(
+            url,
+            f"{name}-data",
+            _OnlyWhatArrives(inbox),
+            rng=rng,
+            limits=broker,
+            session_s=DATA_SESSION_S,
+        )
         self._versions, self._boot = versions, boot
         self._feed = Feed(self._link)
         layout = state_dir / "layout.json"
@@ -98,6 +107,11 @@ class Downlink:
         return self._link.piece_bytes(DEFAULT_PIECE_BYTES)
 
     @property
+    def sent_bytes(self) -> int:
+        """Bytes written to both sockets so far."""
+        return self._link.sent_bytes + self._data_link.sent_bytes
+
+    @property
     def update_piece_bytes(self) -> int:
         """Size of the largest pieces of an update that can arrive here."""
         return self._data_link.piece_bytes(MAX_PIECE_BYTES)
@@ -129,6 +143,7 @@ class Downlink:
     def lost(self) -> None:
         """The connection is gone; ``reconnected`` tells of the next one."""
         self._up = False
+        self._broadcast.lost()
 
     def heard_itself(self, event: Arrived) -> bool:
         """Whether a message was one of the server's own, and no device's."""

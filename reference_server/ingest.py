@@ -17,7 +17,7 @@ from pathlib import Path
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.codec import max_change_bytes
 from edge_sdk.errors import StateError
-from edge_sdk.parts import Incoming, sweep_parts
+from edge_sdk.parts import Incoming, stems, sweep_parts
 from edge_sdk.store import make_directory
 from edge_sdk.wire import MAX_UPDATE_HEADER_BYTES, Open, Piece, Receipt, Verdict, Want
 from reference_server.counting import Arrival, Counted, Counting, RoundTerms
@@ -67,6 +67,10 @@ class Ingest:
         # Devices that are asked for pieces, and those that wait for it, in the order they came.
         self._active: dict[str, None] = {}
         self._waiting: dict[str, None] = {}
+        # What an earlier life of ours left: its senders go on before they hear of this one, and the
+        # broker may have kept pieces for us. It is a transfer once it has been announced again.
+        self._left = {stem.name.partition(".")[0]: stem for stem in stems(self._directory)}
+        self._found: dict[str, Incoming] = {}
         self._held_bytes = 0
         self.terms: RoundTerms | None = None
         # Devices with a verdict in that round; about others the ledger need not be asked.
@@ -98,14 +102,17 @@ class Ingest:
     def piece(self, device: str, piece: Piece, now_s: float) -> Want | None:
         """Place a piece, and say what to send next; MalformedMessage when it fits nowhere."""
         transfer = self._transfers.get(device)
-        if transfer is None or transfer.counting:
+        incoming = self._found_of(device) if transfer is None else transfer.incoming
+        if incoming is None or (transfer is not None and transfer.counting):
             return None
         try:
-            transfer.incoming.take(piece)
+            incoming.take(piece)
         except StateError as error:  # a full disk, say: asked for again, later and later
             log.error("a piece of %s is not kept: %s", device, error)
             return None
-        if transfer.incoming.complete:
+        if transfer is None:
+            return None
+        if incoming.complete:
             return self._completed(device, transfer)
         return self._ask(device, now_s) if device in self._active else None
 
@@ -145,6 +152,8 @@ class Ingest:
         counting = [t.incoming.stem for t in self._transfers.values() if t.counting]
         for device in list(self._transfers):
             self._drop(device)
+        self._left.clear()
+        self._found.clear()
         sweep_parts(self._directory, keep=counting)
 
     def _incoming(self, device: str) -> Incoming:
@@ -165,11 +174,24 @@ class Ingest:
             self._drop(device)
         if self._held_bytes + message.size_bytes > MAX_INCOMING_BYTES:
             return None
-        stem = self._directory / f"{device}.{message.round}"
-        incoming = Incoming(stem, message.sha256, message.size_bytes, piece_bytes, self._rng)
+        incoming = self._found_of(device)
+        self._found.pop(device, None)
+        asked = (message.sha256, message.size_bytes, piece_bytes)
+        if incoming is None or asked != (
+            incoming.sha256, incoming.size_bytes, incoming.piece_bytes
+        ):  # fmt: skip
+            stem = self._directory / f"{device}.{message.round}"
+            incoming = Incoming(stem, *asked, self._rng)
         self._transfers[device] = _Transfer(message, incoming)
         self._held_bytes += message.size_bytes
         return self._transfers[device]
+
+    def _found_of(self, device: str) -> Incoming | None:
+        """What an earlier life left of a device's update, if its announcement is still to come."""
+        stem = self._left.pop(device, None)
+        if stem is not None and (found := Incoming.found(stem, self._rng)) is not None:
+            self._found[device] = found
+        return self._found.get(device)
 
     def _drop(self, device: str) -> None:
         self._held_bytes -= self._transfers.pop(device).message.size_bytes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 from reference_server.broker import BrokerProcess, Kind
+from tests.relay import eventually
 
 
 class OpenBroker(BrokerProcess):
@@ -22,6 +25,12 @@ class OpenBroker(BrokerProcess):
         super().__init__(kind, state_dir, port)
         self.bind = bind
         self._lines = lines
+
+    def kill(self) -> None:
+        """SIGKILL; ``ensure_running`` starts it again."""
+        assert self.pid is not None, "it was not started"
+        os.kill(self.pid, signal.SIGKILL)
+        eventually(lambda: self.poll() is not None)
 
     def _mosquitto_config(self) -> str:
         replaced = {line.split()[0] for line in self._lines}
