@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zstandard
@@ -23,6 +26,7 @@ from edge_sdk.frames import Buffer
 
 Tensors = dict[str, NDArray[Any]]
 FLOATS = ("float32", "float16", "float64")
+GOLDEN = Path(__file__).parent / "golden"
 INTEGERS = ("int64", "int32", "uint8", "bool")
 WHOLE = ("lossless", "fp16")
 FORMS = {"balanced": quantise.BALANCED, "tiny": quantise.TINY}
@@ -646,3 +650,25 @@ def test_damaged_differences_are_refused() -> None:
     falsehood = {"t": np.array([True, False])}
     with pytest.raises(DamagedBlock, match="'t': a bool of value 2"):
         codec.decode_block_delta(one("bool", 2), falsehood, frame(b"\x02\x00"))
+
+
+# --- what was ever sent is understood for ever -------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("codec-*.json")), ids=lambda path: path.stem)
+def test_payloads_of_every_version_are_decoded(path: Path) -> None:
+    golden = json.loads(path.read_text())
+    block = msgspec.convert(golden["block"], Block)
+    for name, change in golden["changes"].items():
+        decoded = units(name, block, bytes.fromhex(change["payload"]))
+        assert decoded.tolist() == change["units"], name
+    base = codec.decode_block(block, bytes.fromhex(golden["base"]))
+    new = codec.decode_block(block, bytes.fromhex(golden["new"]))
+    moved = codec.decode_block_delta(block, base, bytes.fromhex(golden["delta"]))
+    assert codec.block_hash(block, base) == golden["base_sha256"]
+    assert codec.block_hash(block, new) == golden["new_sha256"] == codec.block_hash(block, moved)
+
+
+def test_there_are_golden_payloads_of_every_codec() -> None:
+    stored = [json.loads(path.read_text()) for path in GOLDEN.glob("codec-*.json")]
+    assert {name for golden in stored for name in golden["changes"]} == set(codec.CODECS)
