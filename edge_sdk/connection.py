@@ -48,7 +48,7 @@ CLOSE_LIMIT_S = 2.0
 INFLIGHT_MAX = 64
 # No message of ours comes near it; a longer one is an attack or another protocol.
 MAX_PACKET_BYTES = 1 << 20
-RECV_BYTES = 1 << 16
+RECV_BYTES = 1 << 17
 
 _CONNACK_BYTE = 0x20
 _SESSION_TAKEN_OVER, _UNSUPPORTED_VERSION = 0x8E, 0x84
