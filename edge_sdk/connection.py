@@ -77,11 +77,6 @@ def negotiate(
     return connection
 
 
-def matches(topic_filter: str, topic: str) -> bool:
-    """Whether a topic is one of those a filter names."""
-    return topic_filter == topic or paho.topic_matches_sub(topic_filter, topic)
-
-
 class _Client(paho.Client):
     """paho's client, counting every byte and refusing what no MQTT broker would send.
 

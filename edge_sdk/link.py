@@ -447,6 +447,18 @@ def taken_over(setup: Setup, reason: str) -> TakenOver:
     )
 
 
+def matches(topic_filter: str, topic: str) -> bool:
+    """Whether a topic is one of those that a filter names, "+" one level and "#" all that follow."""
+    if topic_filter == topic:
+        return True
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    if wanted[-1] == "#":
+        wanted, levels = wanted[:-1], levels[: len(wanted) - 1]
+    return len(wanted) == len(levels) and all(
+        one in ("+", level) for one, level in zip(wanted, levels, strict=True)
+    )
+
+
 def guarded(callback: Callable[..., None]) -> Callable[..., None]:
     """Drop the library's own two arguments; an exception costs one event, not the connection."""
 
