@@ -242,7 +242,9 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--profile", default="generic")
     mine = parser.parse_args()
-    logging.basicConfig(format=f"%(asctime)s {mine.device}: %(message)s", level=logging.INFO)
+    logging.basicConfig(
+        format=f"%(asctime)s.%(msecs)03d {mine.device}: %(message)s", level=logging.INFO
+    )
     device = PlainDevice(mine.url, mine.device, mine.state, notes=mine.notes, profile=mine.profile)
     left = threading.Event()
 
