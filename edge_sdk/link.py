@@ -46,8 +46,8 @@ SEND_WINDOW_BYTES = 256 * 1024
 STRETCH, STRETCH_S = 2.0, 0.1
 LEAST_SEND_WINDOW_BYTES = 60 * 1024
 
-# struct tcp_info of Linux 4.1 and later: where tcpi_bytes_acked is in it.
-_TCP_INFO_ACKED_AT, _TCP_INFO_BYTES = 120, 128
+# struct tcp_info of Linux 4.1 and later: where tcpi_last_ack_recv and tcpi_bytes_acked are in it.
+_TCP_INFO_LAST_ACK_AT, _TCP_INFO_ACKED_AT, _TCP_INFO_BYTES = 56, 120, 128
 
 _RARELY = 16  # failures after which the wait is at its cap
 _BAD_CREDENTIALS, _BAD_CLIENT_ID = (0x86, 0x87), 0x85
@@ -356,7 +356,7 @@ class Vigil:
 
     def heard(self, now_s: float) -> None:
         """The other side gave a sign of life."""
-        self._heard_s = now_s
+        self._heard_s = max(self._heard_s, now_s)
         self._asked = False
 
     def asked(self) -> None:
@@ -444,13 +444,17 @@ def tune(sock: object) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
 
 
-def arrived_bytes(sock: socket.socket) -> int | None:
-    """Bytes the other side's kernel has acknowledged; None where the system does not tell."""
+def acknowledged(sock: socket.socket) -> tuple[int, float] | None:
+    """Bytes the other side's kernel has taken, and for how many seconds it has said nothing.
+
+    None where the system does not tell.
+    """
     if sys.platform != "linux":
         return None
     with suppress(OSError, struct.error):
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        return int(struct.unpack_from("=Q", info, _TCP_INFO_ACKED_AT)[0])
+        (silent_ms,) = struct.unpack_from("=I", info, _TCP_INFO_LAST_ACK_AT)
+        return int(struct.unpack_from("=Q", info, _TCP_INFO_ACKED_AT)[0]), silent_ms / 1000
     return None
 
 
