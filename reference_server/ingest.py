@@ -82,7 +82,11 @@ class Ingest:
         fault = self._fault(device, message)
         if fault is not None:
             return self._judge(device, message, *fault)
-        transfer = self._transfer(device, message)
+        try:
+            transfer = self._transfer(device, message)
+        except StateError as error:  # a full disk, say: announced again, later and later
+            log.error("an update of %s cannot be received: %s", device, error)
+            return _wait(message)
         if transfer is None or transfer.counting:
             return _wait(message)
         transfer.incoming.forget_asked()  # who opens anew may have lost all that was asked for
