@@ -29,6 +29,7 @@ from edge_sdk.link import (
     Setup,
     Shared,
     Vigil,
+    acknowledged,
     explain,
     guarded,
     no_broker,
@@ -186,6 +187,7 @@ class Connection:
         self._selector.register(shared.alarm.bell, selectors.EVENT_READ)
         self._watched = 0
         self._backlog = False
+        self._taken_bytes = 0
         self._connack: tuple[ReasonCode, Properties] | None = None
         self._awaited_mid: int | None = None
         self._vigil = Vigil(setup.keepalive_s, time.monotonic())
@@ -318,12 +320,23 @@ class Connection:
         wrote = shared.sent_bytes > sent_bytes
         if wrote:
             self._vigil.sent(now_s)
-        if shared.received_bytes > received_bytes or (wrote and self._backlog):
+        if shared.received_bytes > received_bytes:
             self._vigil.heard(now_s)
+        elif wrote and self._backlog:
+            self._look_at(sock, now_s)
         self._backlog = client.want_write()
         if not self.alive:
             self.reason = self.reason or client.ending or "the broker broke the rules of MQTT"
             self.closed_by_broker = self.closed_by_broker or client.orderly
+
+    def _look_at(self, sock: socket.socket, now_s: float) -> None:
+        """A full socket has room again: a sign of life, where the other side took the bytes."""
+        seen = acknowledged(sock)
+        if seen is None:
+            self._vigil.heard(now_s)
+        elif seen[0] > self._taken_bytes:
+            self._taken_bytes = seen[0]
+            self._vigil.heard(now_s - seen[1])
 
     def _watch(self, sock: socket.socket) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)

@@ -98,11 +98,12 @@ class Feed:
         index = order.indexes.popleft()
         try:
             topic, payload = order.make(index)
-        except EdgeError as error:  # its file is gone, or this cannot be sent: they ask again
+            accepted = self._link.publish(topic, payload, retain=order.retain)
+        except EdgeError as error:  # its file is gone, or a new broker takes less: they ask again
             log.warning("piece %d for %s is not sent: %s", index, receiver, error)
             self.drop(receiver)
             return False
-        if not self._link.publish(topic, payload, retain=order.retain):
+        if not accepted:
             order.indexes.appendleft(index)
             self._turn.appendleft(receiver)
             return False

@@ -51,10 +51,16 @@ class Fetch:
         return self._incoming is not None
 
     def begin(self, entries: Sequence[BlockEntry], slots: Sequence[int], piece_bytes: int) -> bool:
-        """Fetch those of a version's blocks that are not here; True when all are."""
+        """Fetch those of a version's blocks that are not here; True when all are.
+
+        What is being fetched already goes on undisturbed.
+        """
+        slots = slots if len(slots) == len(entries) else (-1,) * len(entries)
+        same = (entries, slots, piece_bytes) == (self._entries, self._slots, self._piece_bytes)
+        if same and self.active:
+            return False
         self.stop()
-        self._entries, self._piece_bytes = entries, piece_bytes
-        self._slots = slots if len(slots) == len(entries) else (-1,) * len(entries)
+        self._entries, self._slots, self._piece_bytes = entries, slots, piece_bytes
         return self._next()
 
     def stop(self) -> None:

@@ -10,6 +10,8 @@ import logging
 import random
 import socket
 import ssl
+import struct
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,8 +43,11 @@ NOTSENT_LOWAT_BYTES = 1 << 14
 SEND_WINDOW_BYTES = 256 * 1024
 # On a slow line it is less: as much as is through in this many times the least time one message
 # took, and a little. That bridges what TCP sends again after a loss; more would only wait.
-STRETCH, STRETCH_S = 2.0, 0.1
+STRETCH, STRETCH_S = 2.5, 0.2
 LEAST_SEND_WINDOW_BYTES = 60 * 1024
+
+# struct tcp_info of Linux 4.1 and later: where tcpi_last_ack_recv and tcpi_bytes_acked are in it.
+_TCP_INFO_LAST_ACK_AT, _TCP_INFO_ACKED_AT, _TCP_INFO_BYTES = 56, 120, 128
 
 _RARELY = 16  # failures after which the wait is at its cap
 _BAD_CREDENTIALS, _BAD_CLIENT_ID = (0x86, 0x87), 0x85
@@ -248,8 +253,7 @@ class Window:
         self.handed = 0
         self.count = 0
         self.size_bytes = 0
-        self._least_s = float("inf")
-        self._limit_bytes = LEAST_SEND_WINDOW_BYTES
+        self._forget_line()
 
     @property
     def has_room(self) -> bool:
@@ -285,7 +289,7 @@ class Window:
                 self._early.add(mid)
                 return
             size_bytes, sent_s = sent
-            drained = self._release(size_bytes, now_s - sent_s)
+            drained = self._release(size_bytes, now_s - sent_s, now_s)
         if drained:
             self._drained()
 
@@ -300,7 +304,7 @@ class Window:
         with self._changed:
             self._sent_by_mid.clear()
             self._early.clear()
-            self._least_s, self._limit_bytes = float("inf"), LEAST_SEND_WINDOW_BYTES
+            self._forget_line()
             self.handed = self.count = self.size_bytes = 0
             self._changed.notify_all()
 
@@ -313,18 +317,25 @@ class Window:
         """Whether something is pending and nothing moved for too long."""
         return self.count > 0 and now_s - self._moved_s > ACK_LIMIT_S
 
-    def _release(self, size_bytes: int, took_s: float = 0.0) -> bool:
+    def _release(self, size_bytes: int, took_s: float = 0.0, now_s: float = 0.0) -> bool:
         """Whether that made room for bulk messages again."""
         had_room = self.has_room
         self.count -= 1
         self.size_bytes -= size_bytes
         if size_bytes * 2 >= LEAST_SEND_WINDOW_BYTES and took_s > 0.0:
-            self._adapt(size_bytes, took_s)
+            self._adapt(size_bytes, took_s, now_s)
         self._changed.notify_all()
         return self.has_room and not had_room
 
-    def _adapt(self, size_bytes: int, took_s: float) -> None:
+    def _forget_line(self) -> None:
+        self._least_s, self._adapted_s = float("inf"), float("-inf")
+        self._limit_bytes = LEAST_SEND_WINDOW_BYTES
+
+    def _adapt(self, size_bytes: int, took_s: float, now_s: float) -> None:
         self._least_s = min(self._least_s, took_s)
+        if now_s - took_s < self._adapted_s:
+            return  # it was under way already, and shows nothing of the last step
+        self._adapted_s = now_s
         longer = took_s > STRETCH * self._least_s + STRETCH_S
         limit_bytes = self._limit_bytes + (-size_bytes if longer else size_bytes)
         self._limit_bytes = min(SEND_WINDOW_BYTES, max(LEAST_SEND_WINDOW_BYTES, limit_bytes))
@@ -333,8 +344,8 @@ class Window:
 class Vigil:
     """Decides when to ping and when the other side is dead. Time comes in.
 
-    Only received bytes, or a full socket that drains, prove that the other side is there: the
-    kernel goes on taking small writes for minutes after a link died.
+    Only received bytes, or a full socket whose bytes arrive, prove that the other side is there:
+    the kernel goes on taking writes for minutes after a link died.
     """
 
     def __init__(self, keepalive_s: float, now_s: float) -> None:
@@ -349,7 +360,7 @@ class Vigil:
 
     def heard(self, now_s: float) -> None:
         """The other side gave a sign of life."""
-        self._heard_s = now_s
+        self._heard_s = max(self._heard_s, now_s)
         self._asked = False
 
     def asked(self) -> None:
@@ -435,6 +446,20 @@ def tune(sock: object) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_NOTSENT_LOWAT"):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+
+
+def acknowledged(sock: socket.socket) -> tuple[int, float] | None:
+    """Bytes the other side's kernel has taken, and for how many seconds it has said nothing.
+
+    None where the system does not tell.
+    """
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        (silent_ms,) = struct.unpack_from("=I", info, _TCP_INFO_LAST_ACK_AT)
+        return int(struct.unpack_from("=Q", info, _TCP_INFO_ACKED_AT)[0]), silent_ms / 1000
+    return None
 
 
 def taken_over(setup: Setup, reason: str) -> TakenOver:

@@ -88,8 +88,8 @@ class Ingest:
             return self._judge(device, message, *fault)
         try:
             transfer = self._transfer(device, message)
-        except StateError as error:  # a full disk, say: the device announces it again
-            log.error("an update of %s cannot begin: %s", device, error)
+        except StateError as error:  # a full disk, say: announced again, later and later
+            log.error("an update of %s cannot be received: %s", device, error)
             return _wait(message)
         if transfer is None or transfer.counting:
             return _wait(message)

@@ -33,10 +33,10 @@ def model(blocks: int, size_bytes: int) -> ModelSpec:
     return ModelSpec(blocks=tuple(Block(name=name, tensors=(spec,)) for name, spec in named))
 
 
-def weights(block: Block, seed: int) -> dict[str, np.ndarray]:
+def weights(block: Block, seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
     """Random tensors of a block."""
-    rng = np.random.default_rng(seed)
-    return {s.name: rng.standard_normal(s.shape, np.float32) for s in block.tensors}
+    rng, unit = np.random.default_rng(seed), np.float32(scale)
+    return {s.name: unit * rng.standard_normal(s.shape, np.float32) for s in block.tensors}
 
 
 def update(spec: ModelSpec, base_sha: str, ticket: bytes, seed: int, last: int) -> bytes:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from edge_sdk.brokers import broker_profile
 from edge_sdk.errors import MalformedMessage
 from edge_sdk.fetch import Fetch
-from edge_sdk.link import Arrived, LinkUp
+from edge_sdk.link import Arrived, LinkDown, LinkUp
 from edge_sdk.mqtt import Link
 from edge_sdk.outbox import Outbox
 from edge_sdk.session import Retry
@@ -124,7 +124,8 @@ class PlainDevice:
         self.link.notes = Notes(notes or state / "notes")
         self.link.notes.add(1)
         self.link.data_topic = self.topics.data(device)
-        self.cache, self.spool = BlockCache(state / "blocks"), Spool(state / "spool")
+        self._blocks = state / "blocks"
+        self.cache, self.spool = BlockCache(self._blocks), Spool(state / "spool")
         clock = time.monotonic
         self.fetch = Fetch(self.cache, self.link, self.topics, device, rng, clock)
         self.outbox = Outbox(self.spool, self.link, self.topics, device, rng, clock, piece_bytes)
@@ -180,8 +181,15 @@ class PlainDevice:
         """Whether all that was wanted of the version it knows of is here."""
         return self.version >= 0 and not self.fetch.active
 
+    def cache_bytes(self) -> int:
+        """Bytes of all blocks that are here."""
+        return sum(path.stat().st_size for path in self._blocks.glob("*.block"))
+
     def _handle(self, event: Any) -> None:
-        if isinstance(event, LinkUp):
+        if isinstance(event, LinkDown):
+            logging.info("link down: %s", event.reason)
+        elif isinstance(event, LinkUp):
+            logging.info("link up")
             self.reconnections += 1
             self._greet()
             self.outbox.reconnected()
@@ -242,7 +250,9 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--profile", default="generic")
     mine = parser.parse_args()
-    logging.basicConfig(format=f"%(asctime)s {mine.device}: %(message)s", level=logging.INFO)
+    logging.basicConfig(
+        format=f"%(asctime)s.%(msecs)03d {mine.device}: %(message)s", level=logging.INFO
+    )
     device = PlainDevice(mine.url, mine.device, mine.state, notes=mine.notes, profile=mine.profile)
     left = threading.Event()
 

@@ -100,13 +100,13 @@ class PlainServer:
         self.inbox.put(lambda: answer.put(question()))
         return answer.get(timeout=30)
 
-    def publish(self, changed: int) -> None:
-        """Make a version current whose last blocks are new."""
+    def publish(self, changed: int, scale: float = 1.0) -> None:
+        """Make a version current whose last blocks are new; with scale 0 they are zeros."""
         old = self.manifest
         kept = len(old.blocks) - changed
         seed = 100 * (old.version + 1)
         new = [
-            self.versions.put_block(block, weights(block, seed + number))
+            self.versions.put_block(block, weights(block, seed + number, scale))
             for number, block in enumerate(self.spec.blocks)
             if number >= kept
         ]
