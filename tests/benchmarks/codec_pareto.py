@@ -8,7 +8,8 @@ whole payload, error over change (root mean square), and the gap: bits above the
 rate-distortion bound, half the log of variance over error, which is taken tensor by tensor. Beside
 the four codecs stand float16 planes with zstd and int8 with a scale per tensor and zstd. Rates are
 of a block of a million parameters whose change repeats the recorded ones, on one core, in MB of
-float32 per second, the best of several tries; so is the rate of a plain copy of as much memory.
+float32 per processor second, the best of several tries; so is the rate of a plain copy of as much
+memory.
 
 `balanced_gap_bits` and bits per parameter are means over models and rounds, `_worst` the worst of
 them; `encode_mb_per_s` and `fold_mb_per_s` are of the slower of `balanced` and `tiny`.
@@ -158,12 +159,12 @@ def rates(changes: list[Change], tries: int) -> tuple[list[Row], float]:
 
 
 def fastest(work: Callable[[], object], tries: int) -> float:
-    """Seconds of the fastest of some tries: what else the machine does only makes it slower."""
+    """Processor seconds of the fastest of some tries: others only make it slower."""
     best_s = math.inf
     for _ in range(tries):
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         work()
-        best_s = min(best_s, time.perf_counter() - start_s)
+        best_s = min(best_s, time.thread_time() - start_s)
     return best_s
 
 
