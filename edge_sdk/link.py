@@ -473,7 +473,7 @@ def taken_over(setup: Setup, reason: str) -> TakenOver:
 
 
 def matches(topic_filter: str, topic: str) -> bool:
-    """Whether a topic is one of those that a filter names, "+" one level and "#" all that follow."""
+    """Whether a filter names a topic, with "+" for one level and "#" for all that follow."""
     if topic_filter == topic:
         return True
     wanted, levels = topic_filter.split("/"), topic.split("/")

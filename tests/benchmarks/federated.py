@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -393,15 +393,13 @@ def digits_cnn() -> Case:
     )  # fmt: skip
 
 
-def recorded(case: Case, seed: int, rounds: Sequence[int]) -> Iterator[tuple[int, str, Arrays]]:
-    """Changes of the first client's blocks at some rounds: (round, block, change)."""
-    kept: list[tuple[int, str, Arrays, Arrays]] = []
-    seen: set[tuple[int, str]] = set()
+def recorded(case: Case, seed: int, rounds: Sequence[int]) -> list[tuple[int, str, Arrays, Arrays]]:
+    """What one client made of each block in some rounds: (round, block, base, new)."""
+    kept: dict[tuple[int, str], tuple[Arrays, Arrays]] = {}
 
     def watch(number: int, block: str, base: Arrays, new: Arrays) -> None:
-        if number in rounds and (number, block) not in seen:
-            seen.add((number, block))
-            kept.append((number, block, _copy(base), _copy(new)))
+        if number in rounds and (number, block) not in kept:
+            kept[number, block] = _copy(base), _copy(new)
 
     federated(case, seed, "lossless", watch=watch, rounds=max(rounds))
-    yield from kept  # type: ignore[misc]
+    return [(*key, *arrays) for key, arrays in kept.items()]
