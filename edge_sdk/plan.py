@@ -220,7 +220,8 @@ class _Desk:
 
     def _has_room(self, way: Way) -> bool:
         limits = self._limits
-        return way.peak_bytes <= limits.memory_bytes and way.training_bytes <= limits.training_bytes
+        room_bytes = min(limits.memory_bytes, limits.training_bytes)
+        return way.loading_bytes <= limits.memory_bytes and way.training_bytes <= room_bytes
 
     def _all(self, blocks: tuple[str, ...]) -> list[Way]:
         if blocks not in self._ways:
