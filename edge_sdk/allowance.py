@@ -105,8 +105,12 @@ class Allowance:
         num_examples: int,
         left_s: float,
         fetch_bytes: int = 0,
+        ceiling_bytes: int | None = None,
     ) -> Plan:
-        """The plan for an offer with ``left_s`` to its deadline; EdgeError when there is none."""
+        """The plan for an offer with ``left_s`` to its deadline; EdgeError when there is none.
+
+        ``ceiling_bytes`` is a budget for training alone.
+        """
         limits = limits_of(
             self._profile,
             allowed,
@@ -122,6 +126,9 @@ class Allowance:
             unchanged_rounds=self._unchanged_rounds(),
             filled_prefix=self._filled,
         )
+        if ceiling_bytes is not None:
+            training_bytes = int(ceiling_bytes * (1 - HEADROOM_SHARE))
+            limits = msgspec.structs.replace(limits, training_bytes=training_bytes)
         return plan_for(offer, table, limits, num_examples)
 
     def run_whole(self) -> None:

@@ -252,7 +252,8 @@ def states(table: CostTable, trained: Collection[str]) -> list[str]:
 
 def prefix_ends(spec: ModelSpec, prefix: Collection[str]) -> tuple[str, ...]:
     """The blocks of a prefix whose output is kept: the last of each chain; of the trunk alone."""
-    last = {block.chain: block.name for block in spec.blocks if block.name in prefix}
+    chosen = set(prefix)
+    last = {block.chain: block.name for block in spec.blocks if block.name in chosen}
     return (last[TRUNK],) if TRUNK in last else tuple(last.values())
 
 

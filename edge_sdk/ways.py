@@ -99,6 +99,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
                    so far is expected to stand still as long again, so keeping its output pays.
     filled_prefix: the frozen prefix whose output is kept already.
     engines:       what can run a frozen prefix here.
+    training_bytes: less than ``memory_bytes`` once that was too much for training; blocks on their
+                   way into the model are not counted.
     memory_correction, time_correction: measured over predicted, learnt on this device: of the
                    memory above the floor, and of the seconds of training.
     """
@@ -120,6 +122,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     unchanged_rounds: dict[str, int] = {}
     filled_prefix: tuple[str, ...] = ()
     engines: tuple[Engine, ...] = ("torch",)
+    training_bytes: int = 1 << 62
     memory_correction: float = 1.0
     time_correction: float = 1.0
 
@@ -130,7 +133,8 @@ class Way(NamedTuple):
     expected_s: training time when what is kept of a frozen prefix serves as long as expected.
     train_s:    training time of this round, ``once_s`` of it to fill the prefix's cache.
     step_s:     of one optimiser step.
-    weigh, tally: compute ``peak_bytes`` and ``flops``, which are dearer to know than the rest.
+    loading_bytes: of the process while blocks are put into the model.
+    weigh, tally: compute ``training_bytes`` and ``flops``, which are dearer to know than the rest.
     """
 
     expected_s: float
@@ -140,6 +144,7 @@ class Way(NamedTuple):
     train_s: float
     step_s: float
     once_s: float
+    loading_bytes: int
     weigh: Callable[[], int]
     tally: Callable[[], int]
 
@@ -149,9 +154,14 @@ class Way(NamedTuple):
         return self.tally()
 
     @property
+    def training_bytes(self) -> int:
+        """The highest the process's memory stands while it trains, or keeps a prefix's output."""
+        return self.weigh()
+
+    @property
     def peak_bytes(self) -> int:
         """The highest the process's memory stands in the round."""
-        return self.weigh()
+        return max(self.weigh(), self.loading_bytes)
 
 
 class Cut(NamedTuple):
@@ -185,7 +195,9 @@ class Costing:
         self._overhead_bytes = overhead_bytes(table, limits.overhead)
         self._weights = sum(self._outline.weights.values())
         largest = max(self._outline.weights.values())
-        self._loading_bytes = self._weights + LOADED_COPIES * largest
+        # In the first round all of them are, before anything has run.
+        loading = (self._weights + LOADED_COPIES * largest) * limits.memory_correction
+        self._loading_bytes = limits.floor_bytes + round(loading)
         self._cuttable = frozenset(table.cuttable)
         self._normed = frozenset(table.batch_statistics)
         self._outputs = {b.name: b.output_bytes_per_sample for b in table.blocks}
@@ -369,6 +381,7 @@ class Costing:
                 train_s=train_s + once_s,
                 step_s=train_s / self.steps,
                 once_s=once_s,
+                loading_bytes=self._loading_bytes,
                 weigh=partial(self._whole_bytes, each.weigh, least_bytes, beside_bytes),
                 tally=each.tally,
             )
@@ -455,9 +468,8 @@ class Costing:
 
     def _whole_bytes(self, weigh: Callable[[], int], least_bytes: int, beside_bytes: int) -> int:
         """What a pass weighs, or its prefix at the least, with what is there beside."""
-        peak_bytes = max(weigh(), least_bytes) + beside_bytes + self._overhead_bytes
-        # The first round puts all blocks into the model, before anything has run.
-        above = max(peak_bytes, self._loading_bytes) * self._limits.memory_correction
+        peak_bytes = max(weigh(), least_bytes) + beside_bytes
+        above = (peak_bytes + self._overhead_bytes) * self._limits.memory_correction
         return self._limits.floor_bytes + round(above)
 
 

@@ -367,6 +367,7 @@ def test_a_bad_profile_is_refused(call: Edge, task_path: Path, broker: BrokerPro
     assert_refused(call(*words), 2, "raspberry: no such profile")
 
 
+@pytest.mark.timeout(200)
 def test_a_task_file_without_a_task_is_refused_once_the_device_is_measured(
     edge: Edge, task_path: Path, broker: BrokerProcess
 ) -> None:
