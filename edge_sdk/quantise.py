@@ -90,6 +90,11 @@ class Form:
         return 8 // self.bits
 
     @property
+    def halvings(self) -> tuple[int, ...]:
+        """Shifts after which the lowest bit of a code says whether all of its bits are set."""
+        return tuple(self.bits >> place for place in range(1, self.bits.bit_length()))
+
+    @property
     def peak(self) -> int:
         """Largest level."""
         return (1 << (self.bits - 1)) - 1
@@ -213,8 +218,8 @@ def escaped(form: Form, packed: Words) -> int:
     count = 0
     for part in runs(packed.size):
         marks = packed[part].copy()
-        for shift in range(1, form.bits):
-            marks &= packed[part] >> np.uint64(shift)
+        for shift in form.halvings:
+            marks &= marks >> np.uint64(shift)
         marks &= _all(_LOWEST[form.bits])
         if marks.any():
             count += int(np.unpackbits(marks[marks != 0].view(np.uint8)).sum())
@@ -243,7 +248,8 @@ def _swap(form: Form, packed: Words, r: Words) -> Words:
     for bit, (shift, mask) in enumerate(form.swaps):
         moved = packed >> np.uint64(shift)
         moved ^= packed
-        moved &= (r >> np.uint64(bit) & _all(1)) * np.uint64(mask)
+        ordered = r if form.lanes == 2 else r >> np.uint64(bit) & _all(1)
+        moved &= ordered * np.uint64(mask)
         packed ^= moved
         moved <<= np.uint64(shift)
         packed ^= moved
