@@ -32,7 +32,7 @@ from edge_sdk.outbox import Outbox, piece_limit_bytes
 from edge_sdk.process import process_peak_bytes
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.session import Effect, Event, Phase, Retry, transition
-from edge_sdk.store import BlockCache, Spool, SpoolEntry
+from edge_sdk.store import BlockCache, Newest, Spool, SpoolEntry
 from edge_sdk.supervisor import Supervisor
 from edge_sdk.trainer import Described, Setup, Trained, TrainerDied, TrainerSaid
 from edge_sdk.wire import (
@@ -91,6 +91,7 @@ class Agent:
         self._session_id = time.time_ns() // 1000
         self._cache = BlockCache(settings.state_dir / "blocks")
         self._spool = Spool(settings.state_dir / "spool")
+        self._newest = Newest(settings.state_dir, settings.job)
         self._cache.sweep()
         self._spool.sweep()
         self._supervisor = self._make_supervisor()
@@ -324,11 +325,24 @@ class Agent:
             return
         if offer.round <= self._last_receipt:
             return
+        if not self._newest.raise_to(offer.version):
+            self._refuse_older(offer)
+            return
         self._offer, self._damaged = offer, 0
         self._set_deadline(offer)
         missing = [e.size_bytes for e in offer.blocks if not self._cache.has(e.sha256)]
         self._fetch_bytes = sum(missing)
         self._step(Event.OFFERED)
+
+    def _refuse_older(self, offer: Offer) -> None:
+        """A server that lost versions, or an offer of long ago: neither undoes what was learned."""
+        why = (
+            f"the offer's model is version {offer.version}, this device has taken up version "
+            f"{self._newest.version}: restore the server's state, or delete {self._newest.path} "
+            "on the device to accept an older model"
+        )
+        log.warning("round %d: %s", offer.round, why)
+        self._say(Decline(round=offer.round, reason=why))
 
     def _offered_again(self, offer: Offer) -> None:
         """The deadline may have been put off, or the broker may take only smaller pieces by now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,10 @@ from edge_sdk.wire import Offer
 
 # Near its limit a process crawls, and predictions are good to some per cent: a plan leaves this.
 HEADROOM_SHARE = 0.06
+# Others write to the same disk. A profile that was measured has taken as much off already.
+FREE_SHARE = 0.5
+# The unit of st_blocks, on every file system.
+BLOCK_BYTES = 512
 # After a kill, what the next plan may use above the floor, of what the last one planned there.
 LOWER_SHARE = 0.7
 
@@ -34,6 +39,7 @@ class Allowance:
         flag_bytes: int | None,
         state_dir: Path,
         *,
+        prefix_dir: Path,
         simulated: bool,
         memory: Callable[[], Memory] = available_memory,
     ) -> None:
@@ -43,6 +49,7 @@ class Allowance:
         """
         self._memory = memory
         self._profile, self._flag_bytes, self._simulated = profile, flag_bytes, simulated
+        self._state_dir, self._prefix_dir = state_dir, prefix_dir
         self._corrections = Corrections(state_dir / "corrections.json")
         self._seen: dict[str, tuple[str, int]] = {}
         self._filled: tuple[str, ...] = ()
@@ -74,6 +81,20 @@ class Allowance:
             flag_bytes=self._flag_bytes,
         )
 
+    def storage_bytes(self) -> int:
+        """What kept output of frozen blocks may take: no more than the disk has room for now."""
+        claimed_bytes = self._profile.storage_bytes
+        if self._simulated:
+            return claimed_bytes
+        try:
+            free_bytes = shutil.disk_usage(self._state_dir).free
+            kept = self._prefix_dir.rglob("*")
+            # Files are made whole before they are filled.
+            held_bytes = sum(BLOCK_BYTES * path.lstat().st_blocks for path in kept)
+        except OSError:
+            return 0
+        return min(claimed_bytes, held_bytes + int(FREE_SHARE * free_bytes))
+
     def plan(
         self,
         offer: Offer,
@@ -84,8 +105,12 @@ class Allowance:
         num_examples: int,
         left_s: float,
         fetch_bytes: int = 0,
+        ceiling_bytes: int | None = None,
     ) -> Plan:
-        """The plan for an offer with ``left_s`` to its deadline; EdgeError when there is none."""
+        """The plan for an offer with ``left_s`` to its deadline; EdgeError when there is none.
+
+        ``ceiling_bytes`` is a budget for training alone.
+        """
         limits = limits_of(
             self._profile,
             allowed,
@@ -96,10 +121,14 @@ class Allowance:
         )
         limits = msgspec.structs.replace(
             limits,
+            storage_bytes=self.storage_bytes(),
             fetch_bytes=fetch_bytes,
             unchanged_rounds=self._unchanged_rounds(),
             filled_prefix=self._filled,
         )
+        if ceiling_bytes is not None:
+            training_bytes = int(ceiling_bytes * (1 - HEADROOM_SHARE))
+            limits = msgspec.structs.replace(limits, training_bytes=training_bytes)
         return plan_for(offer, table, limits, num_examples)
 
     def run_whole(self) -> None:

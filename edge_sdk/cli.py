@@ -34,9 +34,9 @@ from edge_sdk.console import (
     extra,
     home,
     json_option,
+    measured_profile,
     pip,
     print_json,
-    quick_probe,
     state_option,
     write,
 )
@@ -148,7 +148,7 @@ def _own_profile(name: str, state_dir: Path) -> DeviceProfile:
         return load_profile(name)
     path = state_dir / "profile.toml"
     if not path.exists():
-        write(path, profile_toml(quick_probe(state_dir)).encode())
+        write(path, profile_toml(measured_profile(state_dir)).encode())
     return load_profile(path)
 
 

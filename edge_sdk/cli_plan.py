@@ -15,9 +15,9 @@ from edge_sdk.console import (
     extra,
     home,
     json_option,
+    measured_profile,
     print_json,
     progress,
-    quick_probe,
     state_option,
     write,
 )
@@ -174,7 +174,7 @@ def _check_terms(strategy: str, codec: str, **_: Any) -> None:
 def _profiles(name: str) -> list[DeviceProfile]:
     if name == ALL:
         return [load_profile(shipped) for shipped in shipped_profiles()]
-    return [quick_probe(home()) if name == MEASURE else load_profile(name)]
+    return [measured_profile(home()) if name == MEASURE else load_profile(name)]
 
 
 def _measure_costs(task_path: Path, part: int, parts: int) -> CostFile:

@@ -18,9 +18,9 @@ from edge_sdk.console import (
     extra,
     home,
     json_option,
+    measured_profile,
     print_json,
     progress,
-    quick_probe,
     state_option,
     write,
 )
@@ -52,7 +52,7 @@ def emulate_board(name: str, task_path: Path, terms: dict[str, Any], *, as_json:
     check_task_file(task_path)
     with extra("train"):
         from edge_sdk.emulate import Terms, emulate
-    board, here = load_profile(name), quick_probe(home())
+    board, here = load_profile(name), measured_profile(home(), quick=True)
     progress(f"training here as on {board.name}")
     with tempfile.TemporaryDirectory() as directory:
         found = emulate(board, here, task_path, Path(directory), Terms(**terms))
@@ -187,10 +187,7 @@ def _profile_file(name: str, state_dir: Path | None, save: Path | None) -> tuple
     if not target.parent.is_dir():
         raise ConfigError(f"{target}: its directory does not exist; make it first")
     if name == MEASURE:
-        from edge_sdk.probe import probe
-
-        progress("measuring this machine")
-        return profile_toml(probe(False, target.parent).profile), name, target
+        return profile_toml(measured_profile(target.parent)), name, target
     profile = load_profile(name)
     if LABEL.fullmatch(name):
         return profile_toml(profile), name, target

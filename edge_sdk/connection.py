@@ -13,7 +13,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -50,7 +49,7 @@ CLOSE_LIMIT_S = 2.0
 INFLIGHT_MAX = 64
 # No message of ours comes near it; a longer one is an attack or another protocol.
 MAX_PACKET_BYTES = 1 << 20
-RECV_BYTES = 1 << 16
+RECV_BYTES = 1 << 17
 
 _CONNACK_BYTE = 0x20
 _SESSION_TAKEN_OVER, _UNSUPPORTED_VERSION = 0x8E, 0x84
@@ -79,11 +78,6 @@ def negotiate(
     return connection
 
 
-def matches(topic_filter: str, topic: str) -> bool:
-    """Whether a topic is one of those a filter names."""
-    return topic_filter == topic or paho.topic_matches_sub(topic_filter, topic)
-
-
 class _Client(paho.Client):
     """paho's client, counting every byte and refusing what no MQTT broker would send.
 
@@ -101,6 +95,7 @@ class _Client(paho.Client):
             reconnect_on_failure=False,
         )
         self._shared = shared
+        self._read_ahead = memoryview(b"")
         self.opening = b""
         self.ending = ""
         self.orderly = False
@@ -130,11 +125,26 @@ class _Client(paho.Client):
         self._shared.sent_bytes += count
         return count
 
+    @property
+    def has_read_ahead(self) -> bool:
+        """Whether bytes were read that no packet has been made of yet."""
+        return len(self._read_ahead) > 0
+
     def _sock_recv(self, bufsize: int) -> bytes:
+        # paho asks for a packet's head byte by byte; each call to the system would let another
+        # thread have the interpreter, and wait milliseconds to get it back.
+        if bufsize > MAX_PACKET_BYTES:
+            self.ending = self.ending or f"it sent {bufsize} bytes in one, limit {MAX_PACKET_BYTES}"
+            raise ConnectionError(self.ending)
+        if not self._read_ahead:
+            self._read_ahead = memoryview(self._receive())
+        data = bytes(self._read_ahead[:bufsize])
+        self._read_ahead = self._read_ahead[len(data) :]
+        return data
+
+    def _receive(self) -> bytes:
         try:
-            if bufsize > MAX_PACKET_BYTES:
-                raise ConnectionError(f"it sent {bufsize} bytes in one, limit {MAX_PACKET_BYTES}")
-            data = super()._sock_recv(min(bufsize, RECV_BYTES))
+            data = super()._sock_recv(RECV_BYTES)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -147,21 +157,14 @@ class _Client(paho.Client):
         elif not self.opening:
             self.opening = data
             if data[0] != _CONNACK_BYTE:
-                self._reject_foreigner(data)
+                self.ending = f"it answered {data[:21]!r}"
+                raise ConnectionError(self.ending)
         return data
 
     def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
         # Paho's own leaves the socket open when the handshake fails.
         assert self._ssl_context is not None
         return self._ssl_context.wrap_socket(tcp_sock, server_hostname=self._host)
-
-    def _reject_foreigner(self, data: bytes) -> None:
-        with suppress(OSError):
-            more = super()._sock_recv(20)
-            self._shared.received_bytes += len(more)
-            data += more
-        self.ending = f"it answered {data!r}"
-        raise ConnectionError(self.ending)
 
 
 class _Silent(BrokerUnreachable):
@@ -309,6 +312,8 @@ class Connection:
         sent_bytes, received_bytes = shared.sent_bytes, shared.received_bytes
         if buffered or any(key.fileobj is sock for key, _ in ready):
             client.loop_read()
+            while client.has_read_ahead and self.alive:
+                client.loop_read()
         if client.want_write():
             client.loop_write()
         now_s = time.monotonic()

@@ -16,6 +16,8 @@ from edge_sdk.profile import DeviceProfile
 
 PATH = click.Path(path_type=Path)
 MEASURE = "measure"
+# What is measured for later plans may take longer: torch alone can need a minute to load.
+PATIENCE_S = 120.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 state_option = click.option(
@@ -71,9 +73,9 @@ def check_part(part: int, parts: int) -> None:
         )
 
 
-def quick_probe(state_dir: Path) -> DeviceProfile:
-    """This machine as it is now, within two seconds."""
+def measured_profile(state_dir: Path, *, quick: bool = False) -> DeviceProfile:
+    """This machine as it is now; ``quick`` leaves out what only planning needs."""
     from edge_sdk.probe import probe
 
     progress("measuring this machine")
-    return probe(True, state_dir).profile
+    return probe(quick, state_dir, patience_s=PATIENCE_S).profile

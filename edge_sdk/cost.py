@@ -22,13 +22,13 @@ from edge_sdk.wire import Training
 
 Bytes = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Kind = Literal[
-    "matmul", "convolution", "grouped", "attention", "recurrent", "elementwise", "maths", "norm",
-    "window", "gather", "random",
+    "matmul", "convolution", "grouped", "attention", "recurrent", "cells", "elementwise", "maths",
+    "norm", "window", "gather", "random",
 ]  # fmt: skip
 Amount = Annotated[float, Meta(ge=0, le=1e18)]
 
-# Encoding a change holds the base, its travelling form, the quantised values and the result.
-ENCODE_BYTES_PER_ELEMENT = 14
+# Encoding a change begins with its base, read from the cache: as it travels, unpacked, as tensors.
+ENCODE_BYTES_PER_ELEMENT = 12
 
 
 class CodecFigures(NamedTuple):
@@ -142,7 +142,7 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     batch_bytes_per_sample: inputs and targets of one sample.
     recomputable:  blocks whose activations can be dropped and computed again.
     cuttable:      blocks whose output can be taken from a cache instead.
-    min_micro_batch: batch statistics need two samples.
+    batch_statistics: blocks that normalise over the batch: trained, they need two samples at once.
     views, random_prefix, lossy_prefix: as the task says.
     """
 
@@ -154,7 +154,7 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     batch_bytes_per_sample: Bytes
     recomputable: tuple[str, ...] = ()
     cuttable: tuple[str, ...] = ()
-    min_micro_batch: Annotated[int, Meta(ge=1, le=65536)] = 1
+    batch_statistics: tuple[str, ...] = ()
     views: Annotated[int, Meta(ge=1, le=65536)] = 1
     random_prefix: bool = False
     lossy_prefix: bool = False
@@ -188,11 +188,17 @@ def _is_below(middle: Line, flat: Line, steep: Line) -> bool:
 # Kinds whose kernels take long to set up; kinds that compute; kinds that mostly move memory.
 # Values: rules of thumb for a machine that was not calibrated, against its plain operators, its
 # training rate and its memory bandwidth; ratios as measured on x86-64.
-_CALLS = {"attention": 8, "convolution": 4, "grouped": 8, "recurrent": 25, "gather": 2, "random": 1}
-_PRODUCTS = {"matmul": 1.2, "convolution": 1.0, "grouped": 0.2, "attention": 0.7, "recurrent": 0.6}
+_CALLS = {
+    "attention": 8, "convolution": 4, "grouped": 8, "recurrent": 25, "cells": 0.7, "gather": 2,
+    "random": 1,
+}  # fmt: skip
+_PRODUCTS = {
+    "matmul": 1.2, "convolution": 1.0, "grouped": 0.2, "attention": 0.7, "recurrent": 0.6,
+    "cells": 1.0,
+}  # fmt: skip
 _MOVERS = {
-    "matmul": 0.6, "elementwise": 1.0, "maths": 0.5, "norm": 0.8, "window": 0.15, "gather": 0.5,
-    "random": 0.06,
+    "matmul": 0.6, "convolution": 1.0, "grouped": 1.0, "cells": 2.0, "elementwise": 1.0,
+    "maths": 0.5, "norm": 0.8, "window": 0.15, "gather": 0.5, "random": 0.06,
 }  # fmt: skip
 # What a plain operator costs at least, in the operations the machine could do meanwhile.
 OPERATOR_FLOPS = 7e5
@@ -200,7 +206,7 @@ OPERATOR_FLOPS = 7e5
 OVERHEAD_BYTES = {
     "step": 2 << 20, "matmul": 4 << 20, "elementwise": 1 << 20, "maths": 4 << 20, "norm": 2 << 20,
     "attention": 2 << 20, "convolution": 14 << 20, "grouped": 2 << 20, "window": 1 << 20,
-    "recurrent": 8 << 20, "random": 1 << 20,
+    "recurrent": 8 << 20, "cells": 2 << 20, "random": 1 << 20,
 }  # fmt: skip
 # Operators of an update for each parameter tensor, and bytes moved for each element, in place.
 _UPDATES = {"plain": (1, 3), "sgd": (3, 8), "adam": (7, 19), "adamw": (8, 21)}
@@ -212,8 +218,8 @@ def units(kind: str, operators: float, flops: float, moved_bytes: float) -> list
     if kind not in _PRODUCTS:
         return [(call, operators), (f"{kind}_bytes_per_s", moved_bytes)]
     paid = [(call, operators), (f"{kind}_flops_per_s", flops)]
-    # Products of thin matrices are as fast as memory delivers the weights.
-    return [*paid, (f"{kind}_bytes_per_s", moved_bytes)] if kind == "matmul" else paid
+    # Products of thin matrices are as fast as memory delivers them.
+    return [*paid, (f"{kind}_bytes_per_s", moved_bytes)] if kind in _MOVERS else paid
 
 
 FROZEN, PASSED, LOWEST, TRAINED = "frozen", "passed", "lowest", "trained"
@@ -244,26 +250,11 @@ def states(table: CostTable, trained: Collection[str]) -> list[str]:
     return found
 
 
-def prefix_of(table: CostTable, trained: Collection[str]) -> tuple[str, ...]:
-    """The frozen blocks no gradient passes through: their output depends on the sample alone."""
-    feeling = {
-        segment.block
-        for segment, state in zip(table.segments, states(table, trained), strict=True)
-        if state != FROZEN
-    }
-    return tuple(name for name in table.spec.names if name not in feeling)
-
-
 def prefix_ends(spec: ModelSpec, prefix: Collection[str]) -> tuple[str, ...]:
     """The blocks of a prefix whose output is kept: the last of each chain; of the trunk alone."""
-    last = {block.chain: block.name for block in spec.blocks if block.name in prefix}
+    chosen = set(prefix)
+    last = {block.chain: block.name for block in spec.blocks if block.name in chosen}
     return (last[TRUNK],) if TRUNK in last else tuple(last.values())
-
-
-def prefix_output_bytes_per_sample(table: CostTable, prefix: Collection[str]) -> int:
-    """What is kept of a frozen prefix for one sample."""
-    ends = prefix_ends(table.spec, prefix)
-    return sum(block.output_bytes_per_sample for block in table.blocks if block.name in ends)
 
 
 def last_reader(crossing: Crossing) -> int:

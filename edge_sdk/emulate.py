@@ -157,7 +157,6 @@ class _Trial:
             )
         else:
             reason = ""
-        seconds = done.train_s if plan.prefix.cache == "none" else rehearsal.round_s
         upload_bytes, floor_bytes = rehearsal.upload_bytes, described.floor_bytes
         peak_bytes, above_bytes = done.measured_peak_bytes, plan.peak_bytes - floor_bytes
         flops = rehearsal.count_flops(plan, self._training)
@@ -166,7 +165,7 @@ class _Trial:
             _figure("peak_bytes", plan.peak_bytes, peak_bytes),
             _figure("above_floor_bytes", above_bytes, peak_bytes - floor_bytes),
             _figure("peak_with_profile_floor_bytes", by_file_bytes, peak_bytes),
-            _figure("train_s", plan.train_s, seconds),
+            _figure("train_s", plan.train_s, done.train_s),
             _figure("flops", plan.flops, flops),
             _figure("upload_bytes", plan.upload_bytes, upload_bytes),
         ), reason
@@ -209,6 +208,8 @@ class _Trial:
         costing = Costing(described.table, self._training, limits, described.num_examples)
         names = described.table.spec.names
         cheapest = strategy_named(self._terms.strategy).candidates(described.table.spec, names)[-1]
+        if costing.unable(cheapest) is not None:
+            return ""
         plan_bytes = min(way.peak_bytes for way in costing.ways(cheapest)) / (1 - HEADROOM_SHARE)
         if max(start_bytes, plan_bytes) <= self._allowed.memory_bytes:
             return ""  # it was not for memory

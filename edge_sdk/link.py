@@ -216,16 +216,20 @@ class Alarm:
         self.bell, self._rope = socket.socketpair()
         self.bell.setblocking(False)
         self._rope.setblocking(False)
+        self._rung = False
 
     def ring(self) -> None:
         """Wake the other side; harmless when it is awake or gone."""
-        with suppress(OSError):
-            self._rope.send(b"!")
+        if not self._rung:  # it has not looked yet at what the last ring was for
+            self._rung = True
+            with suppress(OSError):
+                self._rope.send(b"!")
 
     def silence(self) -> None:
-        """Take all rings back."""
+        """Take all rings back; what they were for is looked at after this."""
         with suppress(BlockingIOError):
             self.bell.recv(4096)
+        self._rung = False
 
     def close(self) -> None:
         """Give both sockets back."""
@@ -465,6 +469,18 @@ def taken_over(setup: Setup, reason: str) -> TakenOver:
         f"the broker at {setup.address} ended {TAKEOVER_LIMIT} connections in a row within "
         f"{SHORT_LIFE_S:.0f} s of accepting them (last: {reason}): another process uses the "
         f"client id {setup.client_id!r}. Stop one of the two, or give this one its own identity",
+    )
+
+
+def matches(topic_filter: str, topic: str) -> bool:
+    """Whether a filter names a topic, with "+" for one level and "#" for all that follow."""
+    if topic_filter == topic:
+        return True
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    if wanted[-1] == "#":
+        wanted, levels = wanted[:-1], levels[: len(wanted) - 1]
+    return len(wanted) == len(levels) and all(
+        one in ("+", level) for one, level in zip(wanted, levels, strict=True)
     )
 
 

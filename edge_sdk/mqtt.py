@@ -24,7 +24,6 @@ from edge_sdk.connection import (
     CLOSE_LIMIT_S,
     MAX_PACKET_BYTES,
     Connection,
-    matches,
     negotiate,
 )
 from edge_sdk.errors import BrokerRefused, LinkError, ProtocolMisuse
@@ -42,6 +41,7 @@ from edge_sdk.link import (
     Shared,
     TakenOver,
     make_setup,
+    matches,
     taken_over,
 )
 

@@ -223,7 +223,7 @@ def sweep_parts(directory: Path, keep: Collection[Path] = ()) -> None:
                     path.unlink(missing_ok=True)
 
 
-def _write_at(path: Path, offset: int, data: bytes) -> None:
+def _write_at(path: Path, offset: int, data: bytes | memoryview) -> None:
     # Opened for each piece: a server with thousands of transfers would run out of handles.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

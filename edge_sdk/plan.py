@@ -37,6 +37,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint:       activations inside a block are dropped and computed again in backward.
     step_in_backward: a parameter is updated, and its gradient dropped, as soon as that is complete;
                       only with ``micro_batch == batch_size``.
+    training_bytes:   as ``peak_bytes``, without what blocks take on their way into the model.
     """
 
     blocks: tuple[str, ...]
@@ -48,6 +49,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     step_in_backward: bool = False
     prefix: FrozenPrefix = FrozenPrefix()
     peak_bytes: int
+    training_bytes: int = 0
     budget_bytes: int
     train_s: float
     round_s: float
@@ -84,10 +86,11 @@ def choose(
     ]
     way = desk.fitting(chosen) or desk.shortened(chosen)
     if way is None:
-        raise NothingFits(
-            f"cheapest plan ({', '.join(chosen)}) {desk.obstacle(chosen)}. Lower the batch size, "
-            "raise the deadline, or raise the device's budget if it has room."
+        why = desk.costing.unable(chosen) or (
+            f"{desk.obstacle(chosen)}. Lower the batch size, raise the deadline, or raise the "
+            "device's budget if it has room"
         )
+        raise NothingFits(f"cheapest plan ({', '.join(chosen)}) {why}.")
     steps = desk.affordable_steps(chosen, way)
     share = steps / desk.costing.steps
     train_s = way.once_s + way.step_s * steps
@@ -101,6 +104,7 @@ def choose(
         step_in_backward=way.levers.step_in_backward,
         prefix=way.prefix,
         peak_bytes=way.peak_bytes,
+        training_bytes=way.training_bytes,
         budget_bytes=limits.memory_bytes,
         train_s=train_s,
         round_s=train_s + desk.moving_s(chosen),
@@ -178,6 +182,9 @@ class _Desk:
     def obstacle(self, blocks: tuple[str, ...]) -> str:
         """What stands in the way of training these blocks."""
         limits = self._limits
+        unable = self.costing.unable(blocks)
+        if unable is not None:
+            return unable
         small = list(self._small(blocks))
         if not small:
             least = min(self._all(blocks), key=lambda way: way.peak_bytes)
@@ -206,10 +213,15 @@ class _Desk:
         return self._limits.deadline_s * DEADLINE_SHARE - self.moving_s(blocks)
 
     def _small(self, blocks: tuple[str, ...]) -> Iterator[Way]:
-        return (w for w in self._all(blocks) if w.peak_bytes <= self._limits.memory_bytes)
+        return (way for way in self._all(blocks) if self._has_room(way))
 
     def _is_small(self, ways: Sequence[Way]) -> Callable[[int], bool]:
-        return lambda place: ways[place].peak_bytes <= self._limits.memory_bytes
+        return lambda place: self._has_room(ways[place])
+
+    def _has_room(self, way: Way) -> bool:
+        limits = self._limits
+        room_bytes = min(limits.memory_bytes, limits.training_bytes)
+        return way.loading_bytes <= limits.memory_bytes and way.training_bytes <= room_bytes
 
     def _all(self, blocks: tuple[str, ...]) -> list[Way]:
         if blocks not in self._ways:

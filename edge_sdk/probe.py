@@ -97,6 +97,7 @@ class _Findings:
 
     end_s: float
     limit_s: float
+    patience_s: float
     rates: dict[str, Rate] = field(default_factory=dict)
     by_kind: dict[str, Rate] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -130,10 +131,12 @@ def probe(
     broker: str | None = None,
     ca_file: str | None = None,
     limit_s: float | None = None,
+    patience_s: float = 0.0,
 ) -> ProbeResult:
     """Measure this machine within ``limit_s``, by default QUICK_LIMIT_S or FULL_LIMIT_S.
 
-    Storage is measured in ``state_dir``, the link only to a ``broker`` that is given.
+    ``patience_s`` more may pass where torch needs long to load. Storage is measured in
+    ``state_dir``, the link only to a ``broker`` that is given.
     """
     start_s = time.monotonic()
     limit_s = limit_s or (QUICK_LIMIT_S if quick else FULL_LIMIT_S)
@@ -144,7 +147,7 @@ def probe(
             "Write a profile by hand or give a shipped one with --profile."
         )
     directory = _existing(state_dir)
-    found = _Findings(start_s + limit_s, limit_s)
+    found = _Findings(start_s + limit_s, limit_s, patience_s)
     _measure(found, directory, quick, broker, ca_file)
     floor_bytes = found.calibration.floor_bytes
     profile = DeviceProfile(
@@ -245,7 +248,8 @@ def _measure_torch(found: _Findings) -> None:
     reason = "torch is not installed"
     if find_spec("torch") is not None:
         seconds = min(_CALIBRATE_MOST_S, _CALIBRATE_SHARE * found.left_s)
-        found.calibration, reason = calibrate(seconds, _cores(), max(found.left_s, 0.1))
+        limit_s = max(found.left_s, 0.1) + found.patience_s
+        found.calibration, reason = calibrate(seconds, _cores(), limit_s)
         if reason.startswith("not done"):
             reason += "; give more time with --seconds"
     found.by_kind |= found.calibration.rates

@@ -8,7 +8,6 @@ torch, as the agent does.
 from __future__ import annotations
 
 import queue
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +56,6 @@ class Rehearsal:
     start_peak_bytes, file_bytes: its highest resident memory until then; and how much it had then
                   in pages of files.
     upload_bytes: size of the last round's update.
-    round_s:      what the last round took, from the order to the update in the spool.
     """
 
     def __init__(
@@ -92,7 +90,6 @@ class Rehearsal:
         self._rounds = 0
         self.described: Described | None = None
         self.start_peak_bytes = self.file_bytes = self.upload_bytes = 0
-        self.round_s = 0.0
 
     def __enter__(self) -> Rehearsal:
         order = Publish(setup=self._setup)
@@ -180,10 +177,8 @@ class Rehearsal:
             deadline_s=START_LIMIT_S,
             training=training,
         )
-        started_s = time.monotonic()
         self._trainer.train(Train(offer=offer, plan=plan))
         answer = self._heard()
-        self.round_s = time.monotonic() - started_s
         if isinstance(answer, Trained):
             spool = Spool(Path(self._setup.spool_dir))
             for entry in spool.entries():

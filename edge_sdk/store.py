@@ -14,11 +14,12 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import msgspec
 from msgspec import Meta
@@ -45,7 +46,7 @@ def write_atomically(path: Path, data: Data, mode: int = 0o600, *, durable: bool
     durable: what is there when this returns survives a power cut. Without it a power cut may leave
     a torn file, for content whose reader notices and can get it again.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}"
+    temporary = _temporary(path)
     with disk_errors("write", path):
         try:
             with os.fdopen(
@@ -62,6 +63,26 @@ def write_atomically(path: Path, data: Data, mode: int = 0o600, *, durable: bool
             raise
         if durable:
             flush_directory(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}"
+
+
+def _write_new(path: Path, chunks: Iterable[Data]) -> dict[str, str | int]:
+    """Write a new file, durably but for its name; the size and SHA-256 of its content."""
+    digest, size_bytes = hashlib.sha256(), 0
+    with (
+        disk_errors("write", path),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+    ):
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size_bytes += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "size_bytes": size_bytes}
 
 
 def flush_directory(directory: Path) -> None:
@@ -228,6 +249,31 @@ class BlockCache:
         return freed_bytes
 
 
+class Newest:
+    """The highest version of a job that this device has taken up, for ever: it never goes back."""
+
+    def __init__(self, directory: Path, job: str) -> None:
+        """StateError when the file is there and cannot be read."""
+        self.path = make_directory(directory) / f"newest-version.{job}"
+        self.version = -1
+        if self.path.is_file():
+            with disk_errors("read", self.path):
+                text = self.path.read_bytes()[:32].strip()
+            if not text.isdigit():
+                raise StateError(
+                    f"{self.path} holds {text!r}, not a version: delete it if no server of job "
+                    f"{job!r} could offer this device an older model than it had"
+                )
+            self.version = int(text)
+
+    def raise_to(self, version: int) -> bool:
+        """Whether a version is not older than the highest; if it is higher, it is that now."""
+        if version > self.version:
+            write_atomically(self.path, f"{version}\n".encode())
+            self.version = version
+        return version == self.version
+
+
 class SpoolEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One update on disk that has no receipt yet; ``created_s`` is wall time."""
 
@@ -252,24 +298,44 @@ class Spool:
         self._reports: list[str] = []
 
     def put(
-        self, job: str, round_number: int, ticket: bytes, body: Data, created_s: float
+        self,
+        job: str,
+        round_number: int,
+        ticket: bytes,
+        body: Data | Iterable[Data],
+        created_s: float,
     ) -> SpoolEntry:
-        """Keep an update until its receipt; durable when this returns."""
-        fields = {
-            "job": job,
-            "round": round_number,
-            "ticket": ticket.hex(),
-            "sha256": hashlib.sha256(body).hexdigest(),
-            "size_bytes": len(body),
-            "created_s": created_s,
-        }
+        """Keep an update, whole or in chunks, until its receipt; durable when this returns."""
+        chunks = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
+        temporary = _temporary(self._directory / "update")
         try:
+            fields = {
+                "job": job,
+                "round": round_number,
+                "ticket": ticket.hex(),
+                "created_s": created_s,
+                **_write_new(temporary, chunks),
+            }
             entry = msgspec.convert(fields, SpoolEntry)
+            with disk_errors("write", self._body(entry)):
+                os.replace(temporary, self._body(entry))
         except msgspec.ValidationError as error:
             raise ProtocolMisuse(f"spool entry of round {round_number}: {error}") from None
-        write_atomically(self._body(entry), body)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        flush_directory(self._directory)
         write_atomically(self._header(entry), msgspec.json.encode(entry))
         return entry
+
+    @contextmanager
+    def scratch(self) -> Iterator[IO[bytes]]:
+        """A file for what is in the making; gone afterwards, whatever happens."""
+        with (
+            disk_errors("write", self._directory),
+            tempfile.TemporaryFile(dir=self._directory, prefix=TEMPORARY_PREFIX) as file,
+        ):
+            yield file
 
     def entries(self) -> list[SpoolEntry]:
         """Every intact entry, oldest first, each body read and hashed.

@@ -101,7 +101,12 @@ class Supervisor:
         self._profile, self._report = profile, report
         self._simulated = nursery is not None
         self._allowance = Allowance(
-            profile, flag_bytes, state_dir, simulated=self._simulated, memory=memory
+            profile,
+            flag_bytes,
+            state_dir,
+            prefix_dir=Path(setup.prefix_dir),
+            simulated=self._simulated,
+            memory=memory,
         )
         self._confinement: Confinement | None = None
         self._ready = False
@@ -174,7 +179,7 @@ class Supervisor:
             self._allowance.offered(offer)
         self._candidate = Candidate(offer, fetch_bytes, until_s, now_s)
         try:
-            self._plan(offer, self._allowance.most(), offer.deadline_s, fetch_bytes)
+            self._plan(offer, self._allowance.most(), offer.deadline_s, fetch_bytes=fetch_bytes)
         except EdgeError as error:
             return self._give_up(str(error))
         return self._look_for_room(self._candidate, now_s)
@@ -182,7 +187,7 @@ class Supervisor:
     def _look_for_room(self, candidate: Candidate, now_s: float) -> Outcome | None:
         now, offer = self.budget(), candidate.offer
         try:
-            self._plan(offer, now, offer.deadline_s, candidate.fetch_bytes)
+            self._plan(offer, now, offer.deadline_s, fetch_bytes=candidate.fetch_bytes)
         except EdgeError as error:
             if now_s >= candidate.until_s:
                 return self._give_up(str(error))
@@ -292,14 +297,22 @@ class Supervisor:
             return plan, now
         for _ in range(LOWERING_STEPS):
             try:
-                plan = self._plan(mine.offer, Budget(low_bytes, now.bound_by), left_s)
+                plan = self._plan(mine.offer, now, left_s, ceiling_bytes=low_bytes)
             except NothingFits:
                 low_bytes = (low_bytes + high_bytes) // 2
             else:
                 break
         return plan, now
 
-    def _plan(self, offer: Offer, allowed: Budget, left_s: float, fetch_bytes: int = 0) -> Plan:
+    def _plan(
+        self,
+        offer: Offer,
+        allowed: Budget,
+        left_s: float,
+        *,
+        fetch_bytes: int = 0,
+        ceiling_bytes: int | None = None,
+    ) -> Plan:
         described = self.described
         assert described is not None
         return self._allowance.plan(
@@ -310,6 +323,7 @@ class Supervisor:
             num_examples=described.num_examples,
             left_s=left_s,
             fetch_bytes=fetch_bytes,
+            ceiling_bytes=ceiling_bytes,
         )
 
     def _give_up(self, reason: str) -> GaveUp:
@@ -423,7 +437,7 @@ class Supervisor:
         # Predictions were wrong only if it took more than it was to.
         if mine.highest_bytes > plan.peak_bytes:
             self._learn(mine, plan, mine.highest_bytes)
-        above_bytes = float(max(0, plan.peak_bytes - floor_bytes))
+        above_bytes = float(max(0, plan.training_bytes - floor_bytes))
         # The same plan must not come again, whatever is predicted for it now.
         above_bytes *= self._allowance.correction(table).memory / mine.used.memory
         mine.ceiling_bytes = lowered(floor_bytes, above_bytes)

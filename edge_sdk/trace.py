@@ -9,10 +9,14 @@ From their segments ``cost`` puts any set of trained blocks together.
 from __future__ import annotations
 
 import os
+import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
@@ -23,7 +27,7 @@ from edge_sdk.cost import BlockCost, CostTable, Crossing, Kind, Line, Segment, W
 from edge_sdk.errors import TaskError
 from edge_sdk.model import BlockModel
 from edge_sdk.recompute import block_modules, recomputed_blocks
-from edge_sdk.train import Samples, min_micro_batch, view_of
+from edge_sdk.train import Samples, batch_statistics, view_of
 from edge_sdk.watch import (
     BACKWARD,
     FORWARD,
@@ -39,6 +43,8 @@ from edge_sdk.watch import (
 )
 
 SMALL_BATCH = 2
+# Watching a model of a hundred blocks takes seconds here, a minute or two on the smallest board.
+CHILD_LIMIT_S = 300.0
 Sample = Callable[[int], tuple[Any, Any]]
 
 
@@ -51,9 +57,11 @@ def cost_table(model: BlockModel, samples: Samples) -> CostTable:
     return _without_data(model, samples) or _on_data(model, samples)
 
 
-def cost_table_apart(model: BlockModel, samples: Samples) -> CostTable:
+def cost_table_apart(
+    model: BlockModel, samples: Samples, limit_s: float = CHILD_LIMIT_S
+) -> CostTable:
     """As ``cost_table``, in a child process: what watching loads, 50 MiB, is gone with it."""
-    return _in_child(lambda: _without_data(model, samples)) or _on_data(model, samples)
+    return _in_child(lambda: _without_data(model, samples), limit_s) or _on_data(model, samples)
 
 
 def _sample(model: BlockModel, samples: Samples, distinct: int) -> Sample:
@@ -66,21 +74,34 @@ def _sample(model: BlockModel, samples: Samples, distinct: int) -> Sample:
     return first
 
 
-def _in_child(work: Callable[[], CostTable | None]) -> CostTable | None:
-    """What ``work`` returns in a forked process; None when that fails."""
-    reader, writer = os.pipe()
-    child = os.fork()
+def _in_child(work: Callable[[], CostTable | None], limit_s: float) -> CostTable | None:
+    """What ``work`` returns in a forked process; None when that fails or takes too long."""
+    ours, theirs = Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         try:
-            with os.fdopen(writer, "wb") as out:
-                out.write(msgspec.msgpack.encode(work()))
+            # The threads of a fork's parent are not there in it; whoever waits for one, as OpenMP
+            # does, waits for ever. A lock that one of them held is what the limit is for.
+            torch.set_num_threads(1)
+            theirs.send_bytes(msgspec.msgpack.encode(work()))
         finally:
             os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as sent:
-        data = sent.read()
+    theirs.close()
+    with ours:
+        data = _received(ours, limit_s)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return msgspec.msgpack.decode(data, type=CostTable | None) if data else None
+
+
+def _received(end: Connection, limit_s: float) -> bytes:
+    """What arrives in time; nothing when the other end closes without a word."""
+    with suppress(EOFError):
+        if end.poll(limit_s):
+            return end.recv_bytes()
+    return b""
 
 
 def _without_data(model: BlockModel, samples: Samples) -> CostTable | None:
@@ -235,7 +256,7 @@ def _table(model: BlockModel, sample: Sample, large: int) -> CostTable:
         batch_bytes_per_sample=batch[1] - batch[0],
         recomputable=tuple(recomputed_blocks(model)),
         cuttable=tuple(name for name in spec.names if name in outputs),
-        min_micro_batch=min_micro_batch(model),
+        batch_statistics=tuple(sorted(batch_statistics(model), key=spec.names.index)),
         views=model.task.augment_views if model.task.augment else 1,
         random_prefix=model.task.random_prefix,
         lossy_prefix=model.task.lossy_prefix,

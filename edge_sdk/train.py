@@ -136,8 +136,9 @@ def _check(model: BlockModel, samples: Samples, plan: Plan) -> int:
             f"a plan of batches of {plan.batch_size}, micro-batches of {plan.micro_batch} and "
             f"{plan.steps} steps: each must be at least 1"
         )
-    layer = _batch_statistics(model, plan.blocks)
-    if layer is None:
+    layers = batch_statistics(model)
+    block = next((name for name in plan.blocks if name in layers), None)
+    if block is None:
         return 1
     for what, count in (
         ("the batch size is", plan.batch_size),
@@ -146,34 +147,26 @@ def _check(model: BlockModel, samples: Samples, plan: Plan) -> int:
     ):
         if count < 2:
             raise TaskError(
-                f"task {model.task.name!r}: block {layer[0]!r} cannot be trained: {layer[1]!r} "
+                f"task {model.task.name!r}: block {block!r} cannot be trained: {layers[block]!r} "
                 f"takes its statistics over a batch and needs 2 samples, {what} {count}. Raise it, "
                 "normalise with GroupNorm or LayerNorm, or leave the block frozen."
             )
     return 2
 
 
-def min_micro_batch(model: BlockModel, blocks: Collection[str] | None = None) -> int:
-    """The fewest samples that can be trained on at once: 2 with batch statistics in the blocks.
-
-    Without ``blocks``: in any block.
-    """
-    return 1 if _batch_statistics(model, blocks or model.spec.names) is None else 2
-
-
-def _batch_statistics(model: BlockModel, blocks: Collection[str]) -> tuple[str, str] | None:
-    """The first of the blocks with a layer that normalises over the batch, and that layer."""
+def batch_statistics(model: BlockModel) -> dict[str, str]:
+    """The blocks with a layer that normalises over the batch, and the first such layer of each."""
     block_of = {t.name: b.name for b in model.spec.blocks for t in b.tensors}
+    found: dict[str, str] = {}
     for path, module in model.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             owner = path
             # A layer without tensors goes with the module it is in.
             while not (inside := _blocks_below(block_of, owner)) and owner:
                 owner = owner.rpartition(".")[0]
-            for name in blocks:
-                if name in inside:
-                    return name, path
-    return None
+            for name in inside:
+                found.setdefault(name, path)
+    return found
 
 
 def _blocks_below(block_of: Mapping[str, str], path: str) -> set[str]:

@@ -405,8 +405,10 @@ class _Worker:
         )
         halves = strategy_named(offer.strategy)
         device = halves.device_round(offer, self.model.spec, order.plan, local, rng)
-        body = next(device)
-        self.spool.put(self.setup.job, offer.round, offer.ticket, body, time.time())
+        update = next(device)
+        with self.spool.scratch() as scratch:
+            body = update.chunks(scratch)
+            self.spool.put(self.setup.job, offer.round, offer.ticket, body, time.time())
         return Trained(round=offer.round, metrics=local.metrics())
 
 
@@ -420,15 +422,18 @@ class _Local:
         self._train_s = self._train_cpu_s = 0.0
 
     def train(self, plan: Plan) -> int:
-        """Load the offer's blocks, then take the local steps."""
+        """Load the offer's blocks, then take the local steps; filling a prefix's cache counts."""
         from edge_sdk.train import train
 
-        prefix = self._prefix(plan)
+        how = plan.prefix
+        apart = () if how.engine == "torch" and how.cache == "none" else how.blocks
+        self._load([name for name in self._entries if name not in apart])
         training = self._order.offer.training
         part, number = self._worker.setup.part, self._order.offer.round
         orders = self._worker.orders
         started_s, started_cpu_s = time.monotonic(), time.process_time()
         paused_s = orders.paused_s
+        prefix = self._prefix(plan)
         for name in plan.blocks:
             self._worker.loaded.pop(name, None)
         done = train(
@@ -485,13 +490,11 @@ class _Local:
         return self._worker.model.read(block)
 
     def _prefix(self, plan: Plan) -> OpenPrefix | None:
-        """Load what the plan needs; its frozen prefix, where that runs apart.
+        """The plan's frozen prefix, where that runs apart, with what is kept of it filled.
 
         Raises NoPrefix when it does not run apart: run with the rest it needs more memory.
         """
         how = plan.prefix
-        apart = () if how.engine == "torch" and how.cache == "none" else how.blocks
-        self._load([name for name in self._entries if name not in apart])
         in_memory = how.cache == "memory"
         return self._worker.prefixes.open(
             how,

@@ -16,7 +16,7 @@ import msgspec
 
 from edge_sdk.allowance import HEADROOM_SHARE, Allowance, engines, limits_of
 from edge_sdk.corrections import LEAST_MEMORY_BYTES, LEAST_TIME_S, UNCORRECTED
-from edge_sdk.cost import CostTable, prefix_of
+from edge_sdk.cost import CostTable
 from edge_sdk.errors import MIB, ConfigError, NothingFits
 from edge_sdk.figures import CORRECTION_LIMITS
 from edge_sdk.plan import Plan
@@ -96,7 +96,9 @@ def tune_task(
             raise NothingFits(f"{profile.name}: {described}; free memory and try again")
         table, training = described.table, rehearsal.published.training
         flag_bytes = None if memory_mb is None else memory_mb * MIB
-        allowance = Allowance(profile, flag_bytes, directory, simulated=True)
+        allowance = Allowance(
+            profile, flag_bytes, directory, prefix_dir=directory / "prefix", simulated=True
+        )
         limits = limits_of(
             profile, allowance.budget(rehearsal.pid), floor_bytes=described.floor_bytes,
             deadline_s=ANY_TIME_S, available_engines=engines(),
@@ -138,13 +140,16 @@ def trials(
     costing = Costing(table, training, limits, num_examples)
     fitting = [blocks for blocks in candidates if _ways(costing, blocks, limits)]
     if not fitting:
+        unable = costing.unable(candidates[-1])
+        if unable is not None:
+            raise NothingFits(f"the cheapest plan ({', '.join(candidates[-1])}) {unable}")
         raise NothingFits(
             f"no plan fits {limits.memory_bytes / MIB:.0f} MiB, allowed by {limits.bound_by}, of "
             f"which torch takes {limits.floor_bytes / MIB:.0f} MiB; raise that limit if the device "
             "has room"
         )
     first, last = fitting[0], fitting[-1]
-    frozen = next((blocks for blocks in fitting if prefix_of(table, blocks)), last)
+    frozen = next((blocks for blocks in fitting if costing.cut(blocks).blocks), last)
     found: dict[Plan, Trial] = {}
     for what, blocks, wanted, place in _wanted(first, last, frozen):
         ways = [way for way in _ways(costing, blocks, limits) if wanted(way)]

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edge_sdk.cost import Kind
 from edge_sdk.errors import TaskError
+from edge_sdk.fused import as_on_cpu, told_of_loops
 from edge_sdk.model import BlockModel, watch_modules
 from edge_sdk.operators import flops_of, kind_of
 
@@ -29,6 +30,8 @@ FORWARD, BACKWARD, LOWEST = "forward", "backward", "lowest"
 _NO_NUMBER = 1 << 62
 # What reading a byte costs, of writing one into new memory.
 READ_SHARE = 0.25
+# Memory that is only taken is touched by whoever fills it.
+UNTOUCHED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +94,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.max_gradient_bytes: dict[int, int] = {}
         self._starts = [0]
         self._now, self._backward, self._closed = 0, False, False
+        self._loops: list[range] = []
+        self._looping = False
         self._known: dict[int, Store] = {}
         self._shares: dict[int, float] = {}
 
@@ -112,6 +117,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if store is not None:
             store.savers.add(self._now)
         return tensor
+
+    @contextmanager
+    def loop(self) -> Iterator[None]:
+        """What runs within, and its backward, is a loop of operators without Python between."""
+        start, self._looping = torch._C._autograd._get_sequence_nr(), True
+        try:
+            yield
+        finally:
+            self._looping = False
+            self._loops.append(range(start, torch._C._autograd._get_sequence_nr()))
 
     def turn_back(self, loss: torch.Tensor) -> None:
         """Forward is over."""
@@ -189,9 +204,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, number: int, func: Any, args: Any, kwargs: Any, given: Any, made: Any, out: Any
     ) -> None:
         name = func.overloadpacket.__name__
+        if name in UNTOUCHED:
+            return
         kind, flops = kind_of(name, args), flops_of(name, args, kwargs, out)
-        # A result costs its pages too, which the system has to clear first.
-        moved = sum(map(_size, made)) + READ_SHARE * sum(map(_size, given))
+        if self._is_looped(number):
+            kind = "cells"
+        # A result costs its pages too, which the system has to clear first. Of a table, no more is
+        # read than is found in it.
+        read = made if kind == "gather" else given
+        moved = sum(map(_size, made)) + READ_SHARE * sum(map(_size, read))
         phase = BACKWARD if self._backward else FORWARD
         self._row(phase, kind).add(1, flops, moved)
         if self._backward:
@@ -200,6 +221,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 share = 1.0
             if share:
                 self._row(LOWEST, kind).add(share, share * flops, share * moved)
+
+    def _is_looped(self, number: int) -> bool:
+        if self._backward and number >= 0:  # adding up a gradient goes with what made it
+            self._looping = any(number in numbers for numbers in self._loops)
+        return self._looping
 
     def _row(self, phase: str, kind: Kind) -> Counts:
         return self.work.setdefault((phase, self._now), {}).setdefault(kind, Counts())
@@ -254,7 +280,7 @@ def watch_pass(model: BlockModel, trained: Sequence[str], inputs: Any, targets: 
     handles = watch_modules(model, watch.enter)
     saving = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
     try:
-        with without_compiler(), watch:
+        with without_compiler(), told_of_loops(watch.loop), watch:
             with saving if trained else torch.no_grad():
                 loss = model.task.loss(model.run(inputs), targets)
             if trained:
@@ -313,16 +339,13 @@ def without_memory(model: BlockModel) -> Iterator[None]:
         for name, tensor in held.items()
         if tensor is not None
     ]
-    functional: Any = nn.functional
-    attention = functional.scaled_dot_product_attention
     try:
         for held, name, tensor in places:
             like = torch.empty_like(tensor, device="meta")
             held[name] = nn.Parameter(like, False) if isinstance(tensor, nn.Parameter) else like
-        functional.scaled_dot_product_attention = _attention_of_cpu
-        yield
+        with as_on_cpu():
+            yield
     finally:
-        functional.scaled_dot_product_attention = attention
         for held, name, tensor in places:
             held[name] = tensor
 
@@ -357,26 +380,6 @@ class _NoCompiler(types.ModuleType):
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), attribute)
-
-
-def _attention_of_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Attention as a CPU runs it: fused, unless it has dropout or a trained mask."""
-    trained_mask = attn_mask is not None and attn_mask.requires_grad
-    if dropout_p or enable_gqa or query.dim() != 4 or trained_mask:
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
-        return torch._C._nn.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
 
 
 def to_meta(data: Any) -> Any:

@@ -42,6 +42,8 @@ LOOK_UP_OPERATORS, READ_OPERATORS, WRITE_OPERATORS = 3, 0.7, 15
 CHECKED_MOVES = 3
 # As does converting half precision, at twice its size.
 CONVERTED_MOVES = 6
+# Putting a block into the model holds it as it travels, unpacked, and as tensors.
+LOADED_COPIES = 3
 # More kept output than this share of the budget will not stay in the system's own cache.
 CACHED_SHARE = 0.25
 
@@ -97,6 +99,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
                    so far is expected to stand still as long again, so keeping its output pays.
     filled_prefix: the frozen prefix whose output is kept already.
     engines:       what can run a frozen prefix here.
+    training_bytes: less than ``memory_bytes`` once that was too much for training; blocks on their
+                   way into the model are not counted.
     memory_correction, time_correction: measured over predicted, learnt on this device: of the
                    memory above the floor, and of the seconds of training.
     """
@@ -118,6 +122,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     unchanged_rounds: dict[str, int] = {}
     filled_prefix: tuple[str, ...] = ()
     engines: tuple[Engine, ...] = ("torch",)
+    training_bytes: int = 1 << 62
     memory_correction: float = 1.0
     time_correction: float = 1.0
 
@@ -128,7 +133,8 @@ class Way(NamedTuple):
     expected_s: training time when what is kept of a frozen prefix serves as long as expected.
     train_s:    training time of this round, ``once_s`` of it to fill the prefix's cache.
     step_s:     of one optimiser step.
-    weigh, tally: compute ``peak_bytes`` and ``flops``, which are dearer to know than the rest.
+    loading_bytes: of the process while blocks are put into the model.
+    weigh, tally: compute ``training_bytes`` and ``flops``, which are dearer to know than the rest.
     """
 
     expected_s: float
@@ -138,6 +144,7 @@ class Way(NamedTuple):
     train_s: float
     step_s: float
     once_s: float
+    loading_bytes: int
     weigh: Callable[[], int]
     tally: Callable[[], int]
 
@@ -147,9 +154,14 @@ class Way(NamedTuple):
         return self.tally()
 
     @property
+    def training_bytes(self) -> int:
+        """The highest the process's memory stands while it trains, or keeps a prefix's output."""
+        return self.weigh()
+
+    @property
     def peak_bytes(self) -> int:
         """The highest the process's memory stands in the round."""
-        return self.weigh()
+        return max(self.weigh(), self.loading_bytes)
 
 
 class Cut(NamedTuple):
@@ -182,7 +194,12 @@ class Costing:
         self._outline, self._paces = Outline(table), Paces(table, self._prices)
         self._overhead_bytes = overhead_bytes(table, limits.overhead)
         self._weights = sum(self._outline.weights.values())
+        largest = max(self._outline.weights.values())
+        # In the first round all of them are, before anything has run.
+        loading = (self._weights + LOADED_COPIES * largest) * limits.memory_correction
+        self._loading_bytes = limits.floor_bytes + round(loading)
         self._cuttable = frozenset(table.cuttable)
+        self._normed = frozenset(table.batch_statistics)
         self._outputs = {b.name: b.output_bytes_per_sample for b in table.blocks}
         self._update_s = {
             name: duration([update_work(table, (name,), training)], self._prices).fixed_s
@@ -191,14 +208,19 @@ class Costing:
         self._sizes: dict[int, Sizes] = {}
         self._cuts: dict[tuple[str, ...], Cut] = {}
         self._engines: dict[Engine, list[Duration]] = {"torch": self._paces.frozen}
-        batch = min(training.batch_size, num_examples)
-        self._micro_batches = _halvings(batch, min(batch, table.min_micro_batch))
+        self._micro_batches = _halvings(min(training.batch_size, num_examples))
         self._steps_an_epoch = -(-num_examples // training.batch_size)
         self.steps = training.local_epochs * self._steps_an_epoch
 
     def ways(self, blocks: tuple[str, ...]) -> Iterator[Way]:
-        """All ways to train ``blocks``; of those that are equally quick, the plainest first."""
+        """All ways to train ``blocks``; of those that are equally quick, the plainest first.
+
+        None where batch statistics need more samples at once than a batch has.
+        """
+        if self.unable(blocks) is not None:
+            return
         update_s = sum(self._update_s[name] for name in blocks)
+        smallest = 1 if self._normed.isdisjoint(blocks) else 2
         cut = self.cut(blocks)
         again = (False, True) if self._table.recomputable else (False,)
         plain = [FrozenPrefix(blocks=cut.blocks)]
@@ -213,7 +235,7 @@ class Costing:
                     brought=cut.bytes_per_sample if skipped else 0,
                 )
                 levers = Levers(checkpoint=checkpoint, cached=bool(skipped))
-                passes = list(self._passes(step, levers, update_s))
+                passes = list(self._passes(step, levers, update_s, smallest))
                 for prefix in prefixes:
                     yield from self._with(prefix, cut, passes)
 
@@ -222,6 +244,17 @@ class Costing:
         if blocks not in self._cuts:
             self._cuts[blocks] = self._cut(blocks)
         return self._cuts[blocks]
+
+    def unable(self, blocks: tuple[str, ...]) -> str | None:
+        """Why these blocks cannot be trained at any cost, and what to do; None when they can."""
+        normed = next((name for name in blocks if name in self._normed), None)
+        if normed is None or self._micro_batches[0] > 1:
+            return None
+        return (
+            f"takes statistics over a batch in block {normed!r}, and a batch has 1 sample; raise "
+            "the batch size and the number of samples to 2 or more, or normalise with GroupNorm "
+            "or LayerNorm"
+        )
 
     def is_no_dearer(self, blocks: tuple[str, ...], others: tuple[str, ...]) -> bool:
         """Whether ``blocks`` fit wherever ``others`` do: they are a part, as easy to cut off."""
@@ -254,10 +287,15 @@ class Costing:
 
     # -- passes through the part that is trained ----------------------------------------------
 
-    def _passes(self, step: Step, levers: Levers, update_s: float) -> Iterator[_Pass]:
-        """A step at every micro-batch, largest first."""
+    def _passes(
+        self, step: Step, levers: Levers, update_s: float, smallest: int
+    ) -> Iterator[_Pass]:
+        """A step at every micro-batch of at least ``smallest`` samples, largest first."""
         pace = step.duration(self._paces)
         for place, micro_batch in enumerate(self._micro_batches):
+            if micro_batch < smallest:
+                return
+            most = self._most_at_once(micro_batch, smallest)
             train_s = self._train_s(pace, micro_batch, update_s)
             # A gradient is complete only after the last micro-batch.
             for in_backward in (False,) if place else (False, True):
@@ -266,9 +304,15 @@ class Costing:
                     micro_batch=micro_batch if place else self._training.batch_size,
                     levers=levers._replace(accumulate=place > 0, step_in_backward=in_backward),
                     train_s=train_s,
-                    weigh=self._scale(step, micro_batch, place > 0, in_backward),
+                    weigh=self._scale(step, most, place > 0, in_backward),
                     tally=partial(self._flops, step),
                 )
+
+    def _most_at_once(self, micro_batch: int, smallest: int) -> int:
+        """The largest part of a batch that is run: one of 2 takes in a sample left over."""
+        rest = self._samples % self._training.batch_size
+        is_odd = self._micro_batches[0] % 2 or rest % 2
+        return 3 if micro_batch == smallest == 2 and is_odd else micro_batch
 
     def _scale(
         self, step: Step, micro_batch: int, accumulate: bool, in_backward: bool
@@ -337,6 +381,7 @@ class Costing:
                 train_s=train_s + once_s,
                 step_s=train_s / self.steps,
                 once_s=once_s,
+                loading_bytes=self._loading_bytes,
                 weigh=partial(self._whole_bytes, each.weigh, least_bytes, beside_bytes),
                 tally=each.tally,
             )
@@ -438,9 +483,9 @@ class _Pass(NamedTuple):
     tally: Callable[[], int]
 
 
-def _halvings(batch_size: int, smallest: int) -> list[int]:
+def _halvings(batch_size: int) -> list[int]:
     """Halvings of a batch, largest first."""
     sizes = [batch_size]
-    while sizes[-1] // 2 >= smallest:
+    while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes

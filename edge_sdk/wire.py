@@ -28,7 +28,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgpack
 import msgspec
@@ -44,11 +46,12 @@ MAGIC = b"ed"
 # 60 KiB of data, its header and the topic stay under 64 KiB, which every broker known accepts.
 DEFAULT_PIECE_BYTES = 60 * 1024
 # Where a broker says that it takes more; larger ones gain nothing and make everybody wait.
-MAX_PIECE_BYTES = 256 * 1024
+MAX_PIECE_BYTES = 128 * 1024
 MAX_CONTROL_BYTES = 120_000
 MAX_UPDATE_HEADER_BYTES = 64 * 1024
 MAX_TRANSFER_BYTES = 1 << 34
 MAX_RANGES = 256
+SCRATCH_CHUNK_BYTES = 1 << 20
 
 _HEAD = struct.Struct("!2sBBB")
 _PIECE = struct.Struct("!8sIII")
@@ -226,7 +229,7 @@ class Piece(msgspec.Struct, frozen=True):
     transfer: bytes
     index: int
     total: int
-    data: bytes
+    data: bytes | memoryview
     crc: int
 
 
@@ -361,10 +364,43 @@ def decode(payload: bytes) -> Message | Piece:
     return message
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update that is encoded while it is written, so that one block of it is in memory.
+
+    payloads: (block, encoded change), made when asked for.
+    header:   called when all were, with (block, size in bytes) of each.
+    """
+
+    payloads: Iterable[tuple[str, bytes]]
+    header: Callable[[tuple[tuple[str, int], ...]], UpdateHeader]
+
+    def to_bytes(self) -> bytes:
+        """The whole of it at once."""
+        payloads = list(self.payloads)
+        header = self.header(tuple((name, len(payload)) for name, payload in payloads))
+        return encode_update(header, [payload for _, payload in payloads])
+
+    def chunks(self, scratch: IO[bytes]) -> Iterator[bytes]:
+        """The same bytes in chunks; ``scratch`` holds the changes until the header is known."""
+        sizes = []
+        for name, payload in self.payloads:
+            scratch.write(payload)
+            sizes.append((name, len(payload)))
+        yield _update_head(self.header(tuple(sizes)))
+        scratch.seek(0)
+        while chunk := scratch.read(SCRATCH_CHUNK_BYTES):
+            yield chunk
+
+
 def encode_update(header: UpdateHeader, payloads: list[bytes]) -> bytes:
     """An update: fixed prefix, msgpack header, then the blocks' encoded changes."""
+    return _update_head(header) + b"".join(payloads)
+
+
+def _update_head(header: UpdateHeader) -> bytes:
     head: bytes = msgpack.packb(msgspec.to_builtins(header, builtin_types=(bytes,)))
-    return _UPDATE.pack(_UPDATE_MAGIC, WIRE_MAJOR, len(head)) + head + b"".join(payloads)
+    return _UPDATE.pack(_UPDATE_MAGIC, WIRE_MAJOR, len(head)) + head
 
 
 def decode_update(body: memoryview) -> tuple[UpdateHeader, list[tuple[str, memoryview]]]:
@@ -403,7 +439,7 @@ def _decode_piece(payload: bytes) -> Piece:
             f"piece message of {len(payload)} bytes, allowed {PIECE_OVERHEAD_BYTES + 1} to {limit}"
         )
     transfer, index, total, crc = _PIECE.unpack_from(payload, _HEAD.size)
-    data = payload[PIECE_OVERHEAD_BYTES:]
+    data = memoryview(payload)[PIECE_OVERHEAD_BYTES:]
     if zlib.crc32(data) != crc:
         raise MalformedMessage(f"piece {index} of {transfer.hex()}: its CRC-32 does not match")
     return Piece(transfer, index, total, data, crc)

@@ -83,9 +83,12 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class Answers:
-    """Who was asked in a round and what came back; enough to decide it after a restart."""
+    """Who was asked in a round and what came back; enough to decide it after a restart.
 
-    offered: frozenset[str]
+    Whoever adds to the ledger while holding one adds to it too: it is read once a round.
+    """
+
+    offered: set[str]
     declined: dict[str, str]
     verdicts: dict[str, Verdict]
 

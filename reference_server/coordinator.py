@@ -60,6 +60,8 @@ from reference_server.versions import Manifest, VersionStore
 
 MAX_ABANDONED_IN_A_ROW = 3
 TALLY_WAIT_S = 5.0
+# What a killed server may give a round twice; oftener would only wear the disk.
+KEEP_TIME_S = 1.0
 
 log = logging.getLogger("reference_server")
 Event = dict[str, Any]
@@ -114,12 +116,12 @@ class Coordinator:
             ledger,
             tickets,
             settings.state_dir / "incoming",
-            self._counting.put,
+            self._counting,
             self._rng,
         )
         self._row: RoundRow | None = None
         self._known_answers: Answers | None = None
-        self._opened_at_s = self._last_answer_s = 0.0
+        self._opened_at_s = self._last_answer_s = self._time_kept_s = 0.0
         self._idle_since_s = self._started_s
         self._why = ""
         self._abandoned = 0
@@ -161,6 +163,7 @@ class Coordinator:
                 self._handle(self._next())
                 self._hear_out()
                 self._look_at_round()
+                self._keep_time()
                 self._repeat()
             return self._finish()
         finally:
@@ -329,21 +332,28 @@ class Coordinator:
             return
         self._down.say(device, answer)
         if isinstance(answer, Receipt):
-            self._known_answers, self._last_answer_s = None, now_s
+            self._last_answer_s = now_s
             self._report.answered(answer.round, device)
-            row = self._row
-            if row is not None and row.phase is Phase.OPEN:
-                left_s = self._opened_at_s + self._settings.policy.given_s(row.extensions) - now_s
-                self._ledger.keep_time(self._settings.job, row.round, left_s)
+            if self._row is not None and self._row.round == answer.round:
+                self._answers(self._row).verdicts[device] = answer.verdict
             event = {"event": "update", "device": device, "round": answer.round}
             self._say({**event, "verdict": answer.verdict, "reason": answer.reason})
+
+    def _keep_time(self) -> None:
+        """Note now and then how much time the open round has left, for the case of a restart."""
+        row, now_s = self._row, time.monotonic()
+        if row is not None and row.phase is Phase.OPEN and now_s >= self._time_kept_s + KEEP_TIME_S:
+            self._time_kept_s = now_s
+            left_s = self._opened_at_s + self._settings.policy.given_s(row.extensions) - now_s
+            self._ledger.keep_time(self._settings.job, row.round, left_s)
 
     def _declined(self, device: str, message: Decline, now_s: float) -> None:
         if self._row is None or message.round != self._row.round:
             return
         job = self._settings.job
         if self._ledger.record_decline(job, message.round, device, message.reason):
-            self._known_answers, self._last_answer_s = None, now_s
+            self._last_answer_s = now_s
+            self._answers(self._row).declined[device] = message.reason
             self._say({"event": "decline", "device": device, "reason": message.reason})
 
     def _tallied(self, device: str, message: Tally, _now_s: float) -> None:
@@ -378,7 +388,7 @@ class Coordinator:
             self._abandon(decision.reason)
 
     def _answers(self, row: RoundRow) -> Answers:
-        """What the ledger says of the open round, read again only after it changed."""
+        """What the ledger says of the open round, read once and kept up from then on."""
         if self._known_answers is None:
             self._known_answers = self._ledger.answers(self._settings.job, row.round)
         return self._known_answers
@@ -391,7 +401,7 @@ class Coordinator:
             offered=answers.offered,
             opened_at_s=self._opened_at_s,
             verdicts=answers.verdicts,
-            declined=frozenset(answers.declined),
+            declined=answers.declined.keys(),
             lost=self._fleet.lost(),
             last_answer_s=self._last_answer_s,
             extensions=row.extensions,
@@ -431,6 +441,7 @@ class Coordinator:
 
     def _set_terms(self, row: RoundRow) -> None:
         self._known_answers = None
+        self._ingest.judged = self._answers(row).verdicts
         self._ingest.terms = RoundTerms(
             round=row.round,
             base_sha=row.base_sha,
@@ -443,8 +454,10 @@ class Coordinator:
         row, terms = self._row, self._ingest.terms
         assert row is not None
         assert terms is not None
-        self._ledger.record_offers(self._settings.job, row.round, devices)
-        self._known_answers = None
+        offered = self._answers(row).offered
+        new = [device for device in devices if device not in offered]
+        self._ledger.record_offers(self._settings.job, row.round, new)
+        offered.update(new)
         for device in devices:
             self._fleet.offered(device, row.round)
             self._down.say(

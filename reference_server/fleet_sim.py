@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from edge_sdk.errors import StateError
-from edge_sdk.memory import MALLOC
+from edge_sdk.memory import MALLOC, THREAD_LIMITS
 from edge_sdk.profile import load_profile
 from edge_sdk.store import make_directory
 from edge_sdk.trainer import serve
@@ -57,7 +57,9 @@ class Nursery:
             self._process = subprocess.Popen(
                 [*GIVE_WAY, sys.executable, "-m", "reference_server.fleet_sim", number],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()],
-                env={**os.environ, **MALLOC}, start_new_session=True,
+                # With threads of its own it could not be forked safely.
+                env={**os.environ, **MALLOC, **dict.fromkeys(THREAD_LIMITS, "1")},
+                start_new_session=True,
             )  # fmt: skip
         listener.close()
 

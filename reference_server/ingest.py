@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from edge_sdk.errors import StateError
 from edge_sdk.parts import Incoming, stems, sweep_parts
 from edge_sdk.store import make_directory
 from edge_sdk.wire import MAX_UPDATE_HEADER_BYTES, Open, Piece, Receipt, Verdict, Want
-from reference_server.counting import Arrival, Counted, RoundTerms
+from reference_server.counting import Arrival, Counted, Counting, RoundTerms
 from reference_server.ledger import Answer, Ledger, Upload
 from reference_server.trust import Tickets
 
@@ -57,12 +57,12 @@ class Ingest:
         ledger: Ledger,
         tickets: Tickets,
         directory: Path,
-        put: Callable[[Arrival], None],
+        counting: Counting,
         rng: random.Random,
     ) -> None:
-        """``put`` takes what is complete; the pieces lie in ``directory``."""
+        """``counting`` takes what is complete; the pieces lie in ``directory``."""
         self._job, self._spec, self._ledger, self._tickets = job, spec, ledger, tickets
-        self._directory, self._put, self._rng = make_directory(directory), put, rng
+        self._directory, self._counting, self._rng = make_directory(directory), counting, rng
         self._transfers: dict[str, _Transfer] = {}
         # Devices that are asked for pieces, and those that wait for it, in the order they came.
         self._active: dict[str, None] = {}
@@ -71,17 +71,18 @@ class Ingest:
         # broker may have kept pieces for us. It is a transfer once it has been announced again.
         self._left = {stem.name.partition(".")[0]: stem for stem in stems(self._directory)}
         self._found: dict[str, Incoming] = {}
-        # Who has a verdict in the open round: a crowd that has none is not looked up one by one.
-        self._judged: set[str] = set()
-        self._judged_round = -1
         self._held_bytes = 0
         self.terms: RoundTerms | None = None
+        # Devices with a verdict in that round; about others the ledger need not be asked.
+        self.judged: Container[str] = ()
 
     def open(self, device: str, message: Open, now_s: float) -> Receipt | Want:
         """Answer an announced update: its stored verdict, a refusal, or what to send first."""
-        stored = self._stored(device, message.round)
-        if stored is not None:
-            return receipt_of(message, stored)
+        terms = self.terms
+        if terms is None or message.round != terms.round or device in self.judged:
+            stored = self._ledger.verdict_of(self._job, message.round, device)
+            if stored is not None:
+                return receipt_of(message, stored)
         fault = self._fault(device, message)
         if fault is not None:
             return self._judge(device, message, *fault)
@@ -112,8 +113,7 @@ class Ingest:
         if transfer is None:
             return None
         if incoming.complete:
-            self._completed(device, transfer)
-            return None
+            return self._completed(device, transfer)
         return self._ask(device, now_s) if device in self._active else None
 
     def counted(self, counted: Counted, now_s: float) -> Receipt | Want:
@@ -125,7 +125,6 @@ class Ingest:
             self._drop(arrival.device)
         if counted.answer is None:
             return self.open(arrival.device, arrival.message, now_s)
-        self._judged.add(arrival.device)
         return receipt_of(arrival.message, counted.answer)
 
     def due(self, now_s: float) -> Iterator[tuple[str, Want]]:
@@ -156,17 +155,6 @@ class Ingest:
         self._left.clear()
         self._found.clear()
         sweep_parts(self._directory, keep=counting)
-
-    def _stored(self, device: str, round_number: int) -> Answer | None:
-        """The verdict that a device's update of a round has, if any."""
-        terms = self.terms
-        if terms is not None and round_number == terms.round:
-            if self._judged_round != round_number:
-                self._judged = set(self._ledger.answers(self._job, round_number).verdicts)
-                self._judged_round = round_number
-            if device not in self._judged:
-                return None
-        return self._ledger.verdict_of(self._job, round_number, device)
 
     def _incoming(self, device: str) -> Incoming:
         return self._transfers[device].incoming
@@ -228,10 +216,11 @@ class Ingest:
         return Want(sha256=incoming.sha256, piece_bytes=incoming.piece_bytes, ranges=ranges)
 
     def _completed(self, device: str, transfer: _Transfer) -> Want:
+        """Nothing is missing: the device may wait for its verdict."""
         assert self.terms is not None
         self._active.pop(device, None)
         transfer.counting = True
-        self._put(
+        self._counting.put(
             Arrival(
                 device=device,
                 message=transfer.message,
@@ -239,6 +228,8 @@ class Ingest:
                 terms=self.terms,
             )
         )
+        if not self._active:
+            self._counting.hurry()
         return _wait(transfer.message)
 
     def _fault(self, device: str, message: Open) -> tuple[Verdict, str] | None:
@@ -262,7 +253,6 @@ class Ingest:
             round=message.round, device=device, base_sha="", digest=message.sha256, samples=0
         )
         answer = self._ledger.record_verdict(self._job, upload, verdict, reason)
-        self._judged.add(device)
         return receipt_of(message, answer)
 
 

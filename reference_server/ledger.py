@@ -215,7 +215,7 @@ class Ledger:
             offers = db.execute(offered).all()
             uploads = db.execute(verdicts.where(_of_round(upload_table, job, round_number))).all()
         return Answers(
-            offered=frozenset(row.device for row in offers),
+            offered={row.device for row in offers},
             declined={row.device: row.declined for row in offers if row.declined is not None},
             verdicts={row.device: row.verdict for row in uploads},
         )

@@ -24,7 +24,7 @@ ARCHIVED and ABANDONED are final.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -135,10 +135,10 @@ class RoundView:
     verdicts: the verdict on each device's update. last_answer_s: when the last verdict or no came.
     """
 
-    offered: frozenset[str]
+    offered: Set[str]
     opened_at_s: float
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
-    declined: frozenset[str] = frozenset()
+    declined: Set[str] = frozenset()
     lost: frozenset[str] = frozenset()
     last_answer_s: float | None = None
     extensions: int = 0
@@ -149,7 +149,7 @@ class RoundView:
         return sum(verdict == "accepted" for verdict in self.verdicts.values())
 
     @property
-    def outstanding(self) -> frozenset[str]:
+    def outstanding(self) -> Set[str]:
         """Devices asked that have not answered, lost ones included."""
         return self.offered - self.verdicts.keys() - self.declined
 

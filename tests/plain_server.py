@@ -60,8 +60,10 @@ class PlainServer:
         self.verdicts: dict[str, str] = {}
         self.counting = Counting(JOB, spec, strategy_named("full"), self.ledger, self.inbox.put)
         self.ingest = Ingest(
-            JOB, spec, self.ledger, self.tickets, state / "incoming", self.counting.put, rng
+            JOB, spec, self.ledger, self.tickets, state / "incoming", self.counting, rng
         )
+        self._judged = set(self.ledger.answers(JOB, ROUND).verdicts)
+        self.ingest.judged = self._judged
         boot = secrets.token_hex(8)
         self.down = Downlink(url, JOB, self.inbox, self.versions, state, broker, rng, boot)
         self._thread: threading.Thread | None = None
@@ -225,6 +227,7 @@ class PlainServer:
         if answer is None:
             return
         if isinstance(answer, Receipt):
+            self._judged.add(device)
             self.verdicts[device] = f"{answer.verdict} {answer.reason}".strip()
         self.down.say(device, answer)
 

@@ -367,12 +367,19 @@ def test_a_bad_profile_is_refused(call: Edge, task_path: Path, broker: BrokerPro
     assert_refused(call(*words), 2, "raspberry: no such profile")
 
 
-def test_a_task_file_without_a_task_is_refused(
+@pytest.mark.timeout(200)
+def test_a_task_file_without_a_task_is_refused_once_the_device_is_measured(
     edge: Edge, task_path: Path, broker: BrokerProcess
 ) -> None:
     task_path.write_text("def tasks(): ...\n")
-    done = edge(*run_words(task_path, broker.url, task_path.parent / "state"))
+    state = task_path.parent / "state"
+    words = run_words(task_path, broker.url, state)
+    words[words.index("--profile") + 1] = "measure"
+    done = edge(*words)
     assert done.returncode == 2
+    kept = load_profile(state / "profile.toml")
+    assert {"operator_s", "matmul_flops_per_s"} <= kept.rates.keys()
+    assert kept.overhead
     assert done.stderr.splitlines()[-1].startswith(f"edge-sdk: task file {task_path}: defines no ")
 
 

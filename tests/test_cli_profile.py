@@ -88,11 +88,12 @@ def test_as_text_it_is_toml_with_sources(edge: Edge, tmp_path: Path) -> None:
 def test_in_full_it_loads_nothing_heavy_here_and_keeps_to_its_time(edge: Edge) -> None:
     start_s = time.monotonic()
     done = edge("--seconds", "3", "--json")
-    assert time.monotonic() - start_s < 5, "with the start of Python on a shared machine"
+    assert time.monotonic() - start_s < 10, "with the start of Python on a shared machine"
     answer = json.loads(done.stdout)
     assert answer["limit_s"] == 3
-    assert answer["took_s"] < 3.5
-    assert any(key.startswith("numpy_matmul_threads_") for key in answer["profile"]["rates"])
+    assert answer["took_s"] < 4
+    threads = [key for key in answer["profile"]["rates"] if key.startswith("numpy_matmul_threads_")]
+    assert threads or "flops_per_s" in answer["not_measured"]
 
 
 def test_a_broker_is_measured_when_given(edge: Edge, broker: BrokerProcess) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zstandard
@@ -18,60 +20,13 @@ from numpy.typing import NDArray
 from edge_sdk import codec, quantise
 from edge_sdk.blocks import Block, TensorSpec
 from edge_sdk.cost import CODEC_FIGURES, bits_per_param
-from edge_sdk.errors import DamagedBlock, ProtocolMisuse, WrongUpdate
+from edge_sdk.errors import ProtocolMisuse, WrongUpdate
 from edge_sdk.frames import Buffer
+from tests.codec_cases import LAYER, Tensors, blocks, frame, one, pair, rle_frame
 
-Tensors = dict[str, NDArray[Any]]
-FLOATS = ("float32", "float16", "float64")
-INTEGERS = ("int64", "int32", "uint8", "bool")
+GOLDEN = Path(__file__).parent / "golden"
 WHOLE = ("lossless", "fp16")
 FORMS = {"balanced": quantise.BALANCED, "tiny": quantise.TINY}
-
-LAYER = Block(
-    name="body.1",
-    tensors=(
-        TensorSpec(name="weight", shape=(40, 30), dtype="float32"),
-        TensorSpec(name="bias", shape=(40,), dtype="float32"),
-        TensorSpec(name="scale", shape=(), dtype="float64"),
-        TensorSpec(name="half", shape=(5,), dtype="float16"),
-        TensorSpec(name="empty", shape=(0, 3), dtype="float32"),
-        TensorSpec(name="count", shape=(), dtype="int64", kind="buffer"),
-        TensorSpec(name="mask", shape=(7,), dtype="bool", kind="buffer"),
-        TensorSpec(name="table", shape=(6,), dtype="uint8", kind="buffer"),
-        TensorSpec(name="index", shape=(6,), dtype="int32", kind="buffer"),
-    ),
-)
-
-
-def one(dtype: str, *shape: int) -> Block:
-    return Block(name="b", tensors=(TensorSpec(name="t", shape=shape, dtype=dtype),))  # type: ignore[arg-type]
-
-
-def random_tensors(block: Block, rng: np.random.Generator, scale: float = 0.05) -> Tensors:
-    tensors: Tensors = {}
-    for spec in block.tensors:
-        if spec.is_float:
-            tensors[spec.name] = np.asarray(scale * rng.standard_normal(spec.shape), spec.dtype)
-        else:
-            high = 2 if spec.dtype == "bool" else 200
-            tensors[spec.name] = np.asarray(rng.integers(0, high, spec.shape), spec.dtype)
-    return tensors
-
-
-def moved(block: Block, base: Tensors, rng: np.random.Generator, scale: float) -> Tensors:
-    noise = random_tensors(block, rng, scale)
-    return {
-        spec.name: (base[spec.name] + noise[spec.name]).astype(spec.dtype)
-        if spec.is_float
-        else noise[spec.name]
-        for spec in block.tensors
-    }
-
-
-def pair(block: Block, seed: int = 0, scale: float = 1e-3) -> tuple[Tensors, Tensors]:
-    rng = np.random.default_rng(seed)
-    base = random_tensors(block, rng)
-    return base, moved(block, base, rng, scale)
 
 
 def encode(name: str, block: Block, base: Tensors, new: Tensors, seed: int = 0) -> bytes:
@@ -101,18 +56,6 @@ def body_of(name: str, block: Block, payload: bytes) -> bytearray:
     return bytearray(zstandard.ZstdDecompressor().decompress(payload))
 
 
-def frame(body: Buffer) -> bytes:
-    return zstandard.ZstdCompressor().compress(bytes(body))
-
-
-def rle_frame(claimed_bytes: int, blocks: int) -> bytes:
-    """A zstd frame that names ``claimed_bytes`` and holds ``blocks`` runs of 128 KiB each."""
-    run = ((131072 << 3) | 0b010).to_bytes(3, "little") + b"\0"
-    last = ((131072 << 3) | 0b011).to_bytes(3, "little") + b"\0"
-    header = b"\x28\xb5\x2f\xfd\xa0" + claimed_bytes.to_bytes(4, "little")
-    return header + run * (blocks - 1) + last
-
-
 def tolerance(name: str, spec: TensorSpec, change: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far one element may be off."""
     if name in FORMS and spec.kind == "parameter" and spec.elements > codec.SMALL_ELEMENTS:
@@ -122,18 +65,6 @@ def tolerance(name: str, spec: TensorSpec, change: NDArray[np.float64]) -> NDArr
     if name == "fp16":
         return np.maximum(np.abs(change) * 2.0**-11, 2.0**-25)
     return np.maximum(np.abs(change) * 2.0**-24, 2.0**-31)
-
-
-@st.composite
-def blocks(draw: st.DrawFn) -> Block:
-    shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
-    dtypes = st.sampled_from(FLOATS + INTEGERS)
-    drawn = draw(st.lists(st.tuples(shapes, dtypes), max_size=5))
-    tensors = tuple(
-        TensorSpec(name=f"t{number}", shape=shape, dtype=dtype)
-        for number, (shape, dtype) in enumerate(drawn)
-    )
-    return Block(name="b", tensors=tensors)
 
 
 # --- changes, up -------------------------------------------------------------------------------
@@ -529,120 +460,23 @@ def test_no_code_decodes_beyond_the_limit(name: str) -> None:
         assert np.abs(units(name, block, frame(body))).max() <= codec.INTEGER_LIMIT
 
 
-# --- whole blocks, down ------------------------------------------------------------------------
+# --- what was ever sent is understood for ever -------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(block=blocks(), seed=st.integers(0, 2**32 - 1))
-def test_a_block_survives_bit_for_bit(block: Block, seed: int) -> None:
-    tensors = random_tensors(block, np.random.default_rng(seed))
-    raw = b"".join(codec.raw_parts(block, tensors))
-    assert len(raw) == block.size_bytes
-    for payload in (codec.encode_block(block, tensors), raw):
-        assert len(payload) <= block.size_bytes
-        decoded = codec.decode_block(block, payload)
-        assert list(decoded) == [spec.name for spec in block.tensors]
-        for spec in block.tensors:
-            assert decoded[spec.name].dtype == spec.dtype
-            assert decoded[spec.name].shape == spec.shape
-            assert decoded[spec.name].flags.writeable
-        assert b"".join(codec.raw_parts(block, decoded)) == raw
-        assert codec.block_hash(block, decoded) == codec.block_hash(block, tensors)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("codec-*.json")), ids=lambda path: path.stem)
+def test_payloads_of_every_version_are_decoded(path: Path) -> None:
+    golden = json.loads(path.read_text())
+    block = msgspec.convert(golden["block"], Block)
+    for name, change in golden["changes"].items():
+        decoded = units(name, block, bytes.fromhex(change["payload"]))
+        assert decoded.tolist() == change["units"], name
+    base = codec.decode_block(block, bytes.fromhex(golden["base"]))
+    new = codec.decode_block(block, bytes.fromhex(golden["new"]))
+    moved = codec.decode_block_delta(block, base, bytes.fromhex(golden["delta"]))
+    assert codec.block_hash(block, base) == golden["base_sha256"]
+    assert codec.block_hash(block, new) == golden["new_sha256"] == codec.block_hash(block, moved)
 
 
-def test_nan_payloads_and_minus_zero_survive() -> None:
-    block = one("float32", 4)
-    bits = np.array([0x7FC00001, 0xFFC12345, 0x80000000, 0xFF800000], np.uint32)
-    decoded = codec.decode_block(block, codec.encode_block(block, {"t": bits.view(np.float32)}))
-    np.testing.assert_array_equal(decoded["t"].view(np.uint32), bits)
-
-
-def test_weights_shrink_and_noise_falls_back_to_the_raw_content() -> None:
-    block = one("float32", 50_000)
-    weights = random_tensors(block, np.random.default_rng(0))
-    assert len(codec.encode_block(block, weights)) < 0.88 * block.size_bytes
-    noise = {"t": np.frombuffer(np.random.default_rng(0).bytes(200_000), np.float32)}
-    assert codec.encode_block(block, noise) == b"".join(codec.raw_parts(block, noise))
-
-
-def test_the_address_of_a_block_is_fixed_for_ever() -> None:
-    block = one("float32", 2)
-    known = "9bf01a7d790b008d031ba4fb3928d9b1924c7bfbc56f5f2bcf70dd1c627d5060"
-    assert codec.block_hash(block, {"t": np.array([1.0, -2.0], np.float32)}) == known
-
-
-def test_blocks_of_equal_content_but_other_names_shapes_or_dtypes_have_their_own_address() -> None:
-    def address(name: str, dtype: str, *shape: int) -> str:
-        spec = TensorSpec(name=name, shape=shape, dtype=dtype)  # type: ignore[arg-type]
-        block = Block(name="b", tensors=(spec,))
-        return codec.block_hash(block, {name: np.zeros(shape, dtype)})
-
-    addresses = {
-        *(address("norm1.bias", "float32", 4), address("norm2.bias", "float32", 4)),
-        *(address("norm1.bias", "float32", 2, 2), address("norm1.bias", "float64", 2)),
-    }
-    assert len(addresses) == 4
-
-
-def test_damaged_blocks_are_refused() -> None:
-    tensors = random_tensors(LAYER, np.random.default_rng(0))
-    payload = codec.encode_block(LAYER, tensors)
-    for damaged in (*(payload[:n] for n in range(len(payload))), payload + b"x", payload * 2):
-        with pytest.raises(DamagedBlock, match=r"block 'body.1'"):
-            codec.decode_block(LAYER, damaged)
-    with pytest.raises(DamagedBlock, match="names 4294967295 bytes"):
-        codec.decode_block(LAYER, rle_frame(0xFFFFFFFF, 1000))
-    with pytest.raises(DamagedBlock, match="'t': a bool of value 3"):
-        codec.decode_block(one("bool", 2), b"\x01\x03")
-
-
-# --- differences of blocks, down ---------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(block=blocks(), seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([0.0, 1e-4, 1e3]))
-def test_a_difference_of_blocks_survives_bit_for_bit(block: Block, seed: int, scale: float) -> None:
-    base, new = pair(block, seed, scale)
-    payload = codec.encode_block_delta(block, base, new)
-    decoded = codec.decode_block_delta(block, base, payload)
-    assert codec.block_hash(block, decoded) == codec.block_hash(block, new)
-    for spec in block.tensors:
-        assert (decoded[spec.name].dtype, decoded[spec.name].shape) == (spec.dtype, spec.shape)
-        assert decoded[spec.name].flags.writeable
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS])
-def test_any_two_bit_patterns_have_a_difference(dtype: str) -> None:
-    rng = np.random.default_rng(0)
-    width = np.dtype(dtype).itemsize
-    block = one(dtype, 5000)
-    base, new = (rng.integers(0, 256, (5000, width), np.uint8) for _ in range(2))
-    if dtype == "bool":
-        base, new = base & 1, new & 1
-    arrays = [{"t": bits.reshape(-1).view(dtype)} for bits in (base, new)]
-    payload = codec.encode_block_delta(block, *arrays)
-    decoded = codec.decode_block_delta(block, arrays[0], payload)
-    assert decoded["t"].tobytes() == arrays[1]["t"].tobytes()
-
-
-def test_a_small_difference_is_shorter_than_the_block() -> None:
-    block = one("float32", 50_000)
-    rng = np.random.default_rng(0)
-    base = random_tensors(block, rng)
-    new = {"t": base["t"] + (1e-4 * rng.standard_normal(50_000)).astype(np.float32)}
-    whole = len(codec.encode_block(block, new))
-    assert len(codec.encode_block_delta(block, base, new)) < 0.75 * whole
-    assert len(codec.encode_block_delta(block, base, base)) < 100
-
-
-def test_damaged_differences_are_refused() -> None:
-    base, new = pair(LAYER)
-    payload = codec.encode_block_delta(LAYER, base, new)
-    for damaged in (*(payload[:n] for n in range(len(payload))), payload + b"x", payload * 2):
-        with pytest.raises(DamagedBlock, match=r"block 'body.1'"):
-            codec.decode_block_delta(LAYER, base, damaged)
-    with pytest.raises(DamagedBlock, match="names 4294967295 bytes"):
-        codec.decode_block_delta(LAYER, base, rle_frame(0xFFFFFFFF, 1000))
-    falsehood = {"t": np.array([True, False])}
-    with pytest.raises(DamagedBlock, match="'t': a bool of value 2"):
-        codec.decode_block_delta(one("bool", 2), falsehood, frame(b"\x02\x00"))
+def test_there_are_golden_payloads_of_every_codec() -> None:
+    stored = [json.loads(path.read_text()) for path in GOLDEN.glob("codec-*.json")]
+    assert {name for golden in stored for name in golden["changes"]} == set(codec.CODECS)

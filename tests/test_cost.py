@@ -19,7 +19,6 @@ from edge_sdk.cost import (
     bits_per_param,
     duration,
     overhead_bytes,
-    prefix_of,
     price_list,
     states,
     update_work,
@@ -28,7 +27,7 @@ from edge_sdk.cost import (
 from edge_sdk.errors import ConfigError
 from edge_sdk.step import STEP_TEMPORARY_BYTES, Outline, Paces, Sizes, Step
 from edge_sdk.wire import Training
-from tests.toy_tables import Row, table_of, tables
+from tests.toy_tables import Row, cut_of, table_of, tables
 
 SGD = Training(optimizer="sgd", momentum=0.9)
 PLAIN = Training(optimizer="sgd", momentum=0.0)
@@ -235,9 +234,9 @@ def test_a_chain_beside_the_trained_one_is_a_prefix() -> None:
     apart[2] = msgspec.structs.replace(apart[2], inputs=(0, 1))
     table = msgspec.structs.replace(chain, segments=tuple(apart))
     assert states(table, {"b1"}) == ["frozen", "lowest", "passed", "passed"]
-    assert prefix_of(table, {"b1"}) == ("b0",)
-    assert prefix_of(table, {"b3"}) == ("b0", "b1", "b2")
-    assert prefix_of(table, {"b0", "b1"}) == ()
+    assert cut_of(table, "b1").blocks == ("b0",)
+    assert cut_of(table, "b3").blocks == ("b0", "b1", "b2")
+    assert cut_of(table, "b0", "b1").blocks == ()
 
 
 # --- laws ----------------------------------------------------------------------------------------
@@ -284,7 +283,7 @@ def test_what_levers_may_cost(
     gradients = sum(outline.gradients[name] for name in trained)
     assert plain.peak_bytes(sizes, step_in_backward=True) <= peak
     assert peak - gradients <= plain.peak_bytes(sizes, accumulate=True) <= peak + gradients
-    skipped = prefix_of(table, trained)
+    skipped = cut_of(table, *trained).blocks
     weights = sum(outline.weights[name] for name in skipped)
     cached = Step(outline, trained, training, skipped=skipped).peak_bytes(sizes)
     assert peak - weights - max(sizes.rise["frozen"]) - sum(sizes.crossings) <= cached <= peak

@@ -16,6 +16,8 @@ import torch
 
 import edge_sdk
 from edge_sdk import errors
+from edge_sdk.brokers import BROKERS
+from edge_sdk.cost import CODEC_FIGURES
 from edge_sdk.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +73,10 @@ def test_readme_names_every_example() -> None:
 
 def test_readme_names_every_strategy() -> None:
     assert [name for name in STRATEGIES if f"`{name}`" not in README] == []
+
+
+def test_readme_names_every_codec_and_broker_profile() -> None:
+    assert [name for name in (*CODEC_FIGURES, *BROKERS) if f"| `{name}` |" not in README] == []
 
 
 def test_the_readmes_task_is_a_task(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Field:
         """The next message to a device that is no offer."""
         while True:
             name, message = self.listen()
-            if name == device and not isinstance(message, Offer):
+            if name == device and not isinstance(message, Offer) and not waits(message):
                 return message
 
     def answers(self, device: str, *payloads: Message | bytes) -> list[Any]:
@@ -170,6 +170,11 @@ class Field:
         self.say(device, TALLY)
         assert (receipt.round, receipt.sha256) == (ROUND, announced.sha256)
         return receipt
+
+
+def waits(message: Any) -> bool:
+    """Whether it only says that nothing is to be sent now."""
+    return isinstance(message, Want) and not message.ranges
 
 
 def pieces(want: Want, body: bytes) -> list[bytes]:

@@ -54,7 +54,7 @@ class FakeServer:
         self.home, self.topics = home, Topics(JOB)
         self.watcher = Watcher(url, JOB, "u")
         model = BlockModel(load_task(task))
-        self.spec, self.round = model.spec, 0
+        self.spec, self.round, self.newest = model.spec, 0, 0
         self.contents: dict[str, bytes] = {}
         self.entries = tuple(self._entry(model, name) for name in model.spec.names)
         self.training = load_task(task).training
@@ -92,7 +92,8 @@ class FakeServer:
         """A good offer of the next round, with these fields changed."""
         self.round += 1
         good = Offer(
-            round=self.round, ticket=secrets.token_bytes(16), version=0, base_sha=ZERO_SHA,
+            round=self.round, ticket=secrets.token_bytes(16), version=self.newest,
+            base_sha=ZERO_SHA,
             blocks=self.entries, strategy="last_blocks", open_blocks=self.spec.names,
             codec="balanced", deadline_s=600.0, training=self.training, piece_bytes=PIECE_BYTES,
         )  # fmt: skip
@@ -272,6 +273,15 @@ def test_only_its_own_receipt_ends_an_upload(fake: FakeServer) -> None:
     fake.say(Receipt(round=opened.round, sha256=opened.sha256, verdict="accepted"))
     assert isinstance(fake.hear((Piece, Tally)), Tally), "more than it sends at once"
     assert fake.spooled() == []
+
+
+def test_an_older_model_than_the_one_held_is_declined(fake: FakeServer) -> None:
+    newer = fake.offer(version=5)
+    fake.accept(fake.trains(newer))
+    fake.forget_blocks()
+    reason = fake.declines(fake.offer(version=4))
+    assert "the offer's model is version 4, this device has taken up version 5" in reason
+    fake.newest = 5
 
 
 def test_old_offers_are_ignored(fake: FakeServer) -> None:

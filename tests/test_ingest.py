@@ -41,6 +41,7 @@ class Desk:
         self.ledger.record_base(JOB, BASE)
         self.ledger.plan_round(JOB, base_version=0, base_sha=BASE)
         self.ledger.open_round(JOB, ROUND, 600.0)
+        self.judged: set[str] = set()
         self.tickets = Tickets.load_or_create(home)
         self.counting = Counting(JOB, SPEC, strategy_named("full"), self.ledger, self.counted.put)
         self.home = home
@@ -56,6 +57,7 @@ class Desk:
             round=ROUND, base_sha=BASE, codec=CODEC, open_blocks=SPEC.names,
             piece_bytes=DEFAULT_PIECE_BYTES,
         )  # fmt: skip
+        ingest.judged = self.judged
         self.ingest = ingest
         return ingest
 
@@ -85,6 +87,8 @@ class Desk:
         """What is said of the next update that was counted."""
         event = self.counted.get(timeout=DONE_S)
         assert isinstance(event, Counted), event
+        if event.answer is not None:
+            self.judged.add(event.arrival.device)
         return self.ingest.counted(event, now_s)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from edge_sdk.errors import ProtocolMisuse, TaskError
 from edge_sdk.model import BlockModel
 from edge_sdk.trace import cost_table
-from edge_sdk.train import Samples, min_micro_batch, view_of
+from edge_sdk.train import Samples, batch_statistics, view_of
 from edge_sdk.wire import Training
 from tests.test_train import carry_out, model_of, net, samples_of, weights
 
@@ -116,8 +116,12 @@ def test_a_prefix_takes_the_place_of_the_frozen_blocks() -> None:
     prefix = Remembered(cached, samples)
     expected = carry_out(plain, samples, how, blocks=("2",), micro_batch=4)
     done = carry_out(cached, samples, how, blocks=("2",), micro_batch=4, prefix=prefix)
-    assert done == expected
-    assert weights(cached) == weights(plain)
+    # A layer's sums over 20 samples at once may be rounded otherwise than over 4.
+    assert done.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert (done.steps, done.num_examples) == (expected.steps, expected.num_examples)
+    for block in plain.spec.names:
+        for name, array in plain.read(block).items():
+            np.testing.assert_allclose(cached.read(block)[name], array, rtol=1e-4, atol=1e-6)
     assert [len(index) for index, _ in prefix.calls] == [4] * 10
     assert {view for _, view in prefix.calls} == {0}
 
@@ -265,19 +269,16 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("build", "blocks", "expected"),
+    ("build", "expected"),
     [
-        (normed, None, 2),
-        (normed, ("0", "1", "3"), 2),
-        (normed, ("1",), 2),
-        (normed, ("3",), 1),
-        (net, None, 1),
-        (lambda: nn.Sequential(Wrapped(), nn.Linear(4, 3)), ("0",), 2),
-        (lambda: nn.Sequential(Wrapped(), nn.Linear(4, 3)), ("1",), 1),
+        (normed, {"1": "1"}),
+        (net, {}),
+        (lambda: nn.Sequential(Wrapped(), nn.Linear(4, 3)), {"0": "0.norm"}),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(1, 3)), {}),
     ],
 )
-def test_the_fewest_samples_at_once(build: Any, blocks: Any, expected: int) -> None:
-    assert min_micro_batch(model_of(build_model=build), blocks) == expected
+def test_blocks_with_batch_statistics(build: Any, expected: dict[str, str]) -> None:
+    assert batch_statistics(model_of(build_model=build)) == expected
 
 
 @pytest.mark.parametrize(

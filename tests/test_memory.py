@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -244,11 +246,39 @@ def test_without_meminfo_the_system_is_asked_itself() -> None:
 
 @pytest.mark.parametrize("flag_bytes", [None, 2**50])
 def test_a_lying_profile_never_raises_the_budget(tmp_path: Path, flag_bytes: int | None) -> None:
-    lies: dict[str, Any] = {"memory_total_bytes": 2**50, "memory_bytes": 2**50}
+    lies: dict[str, Any] = {
+        "memory_total_bytes": 2**50, "memory_bytes": 2**50, "storage_bytes": 2**60
+    }  # fmt: skip
     honest = load_profile("raspberry-pi-4b-2gb")
     liar = msgspec.structs.replace(honest, **lies)
-    budget = Allowance(liar, flag_bytes, tmp_path, simulated=False).budget(None)
+    allowance = Allowance(
+        liar, flag_bytes, tmp_path, prefix_dir=tmp_path / "prefix", simulated=False
+    )
+    budget = allowance.budget(None)
     total_bytes = available_memory().total_bytes
     assert total_bytes is not None
     assert budget.bound_by in ("available", "cgroup")
     assert budget.memory_bytes < total_bytes
+    assert allowance.storage_bytes() < shutil.disk_usage(tmp_path).free
+
+
+def test_what_is_kept_already_has_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = msgspec.structs.replace(load_profile("raspberry-pi-4b-2gb"), storage_bytes=30 << 20)
+
+    def storage_bytes(*, simulated: bool = False) -> int:
+        prefix_dir = tmp_path / "prefix"
+        allowance = Allowance(profile, None, tmp_path, prefix_dir=prefix_dir, simulated=simulated)
+        return allowance.storage_bytes()
+
+    assert storage_bytes() == 30 << 20, "as the profile says, where the disk has room"
+    nearly_full = SimpleNamespace(free=4 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: nearly_full)
+    assert storage_bytes() == 2 << 20
+    lay_out(tmp_path, {"prefix/one/rows": "0" * (20 << 20)})
+    assert storage_bytes() == pytest.approx(22 << 20, abs=1 << 16)
+    (tmp_path / "prefix" / "one" / "rows").write_bytes(bytes(40 << 20))
+    assert storage_bytes() == 30 << 20
+    assert storage_bytes(simulated=True) == 30 << 20
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path)
+    assert storage_bytes() == 0

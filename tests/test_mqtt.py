@@ -21,10 +21,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from paho.mqtt.client import topic_matches_sub
 
 from edge_sdk import link
 from edge_sdk.errors import BrokerRefused, BrokerUnreachable, ConfigError, ProtocolMisuse
-from edge_sdk.link import Arrived, LinkDown, LinkEvent, LinkUp, TakenOver, Vigil, parse_address
+from edge_sdk.link import (
+    Arrived,
+    LinkDown,
+    LinkEvent,
+    LinkUp,
+    TakenOver,
+    Vigil,
+    matches,
+    parse_address,
+)
 from edge_sdk.mqtt import Link, connect_once
 from reference_server.broker import BrokerProcess, _answers, choose, find_mosquitto
 from tests.relay import Relay, eventually
@@ -419,6 +429,20 @@ def test_an_address_hides_its_credentials() -> None:
     assert (address.username, address.password) == ("ann", "p@ss")
     assert "p@ss" not in repr(address) + str(address)
     assert str(address) == "[::1]:8883"
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "topic", "fits"),
+    [
+        ("a/b", "a/b", True), ("a/b", "a/c", False), ("a/+", "a/b", True), ("a/+", "a/b/c", False),
+        ("a/+", "a", False), ("+/b", "a/b", True), ("a/+/c", "a/b/c", True), ("a/#", "a/b/c", True),
+        ("a/#", "a", True), ("a/#", "b/c", False), ("#", "a/b", True), ("a/+/#", "a/b/c/d", True),
+        ("a/+/#", "a", False), ("a/b", "a/b/c", False),
+    ],
+)  # fmt: skip
+def test_what_a_filter_names(topic_filter: str, topic: str, fits: bool) -> None:
+    assert matches(topic_filter, topic) is fits
+    assert topic_matches_sub(topic_filter, topic) is fits, "as paho understands it"
 
 
 def test_backoff_grows_to_its_cap_and_is_spread() -> None:

@@ -133,7 +133,7 @@ def check_within(plan: Plan, limits: Limits, table: CostTable, candidates: Candi
     assert plan.steps is None or (plan.blocks == candidates[-1] and 1 <= plan.steps < 18)
     assert plan.steps is None or plan.prefix.cache == "none"
     assert plan.micro_batch == plan.batch_size == 12 or not plan.step_in_backward
-    assert plan.micro_batch >= table.min_micro_batch
+    assert plan.micro_batch > 1 or not set(plan.blocks) & set(table.batch_statistics)
     prefix = plan.prefix
     if table.random_prefix:
         assert (prefix.engine, prefix.cache) == ("torch", "none")
@@ -222,6 +222,22 @@ def test_what_was_left_out_for_memory_is_explained() -> None:
         f"needs {least / MIB:.0f} MiB at the least, {(least - 1) / MIB:.0f} MiB allowed by "
         "the cgroup limit"
     )
+
+
+def test_batch_statistics_of_one_sample_are_explained() -> None:
+    normed = msgspec.structs.replace(TABLE, batch_statistics=(NAMES[0], NAMES[-1]))
+    why = (
+        f"takes statistics over a batch in block '{NAMES[-1]}', and a batch has 1 sample; raise "
+        "the batch size and the number of samples to 2 or more, or normalise with GroupNorm or "
+        "LayerNorm"
+    )
+    one = Training(batch_size=1)
+    with pytest.raises(NothingFits) as caught:
+        chosen(limits_with(), normed, [NAMES[-2:], NAMES[-1:]], one)
+    assert str(caught.value) == f"cheapest plan ({NAMES[-1]}) {why}."
+    plan = chosen(limits_with(), normed, [NAMES[-1:], NAMES[-2:-1]], one)
+    assert (plan.blocks, plan.micro_batch) == (NAMES[-2:-1], 1)
+    assert [left.reason for left in plan.left_out] == [why]
 
 
 def test_what_was_left_out_for_time_is_explained() -> None:

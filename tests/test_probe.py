@@ -116,7 +116,7 @@ def test_whatever_has_no_time_is_named_with_what_helps(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_with_enough_time_torch_is_measured_too(tmp_path: Path) -> None:
-    result = probe(False, tmp_path, limit_s=150.0)
+    result = probe(False, tmp_path, patience_s=150.0)
     profile = result.profile
     assert not {"rates", "overhead", "torch_floor_bytes"} & set(result.not_measured)
     assert profile.overhead

@@ -73,7 +73,7 @@ def test_a_round_is_carried_out_and_leaves_nothing(rehearsal: Rehearsal) -> None
     assert isinstance(metrics, UpdateMetrics)
     assert metrics.steps == 5
     assert metrics.measured_peak_bytes > 50 * MIB
-    assert rehearsal.round_s > metrics.train_s > 0
+    assert metrics.train_s > 0
     # 195 numbers of four bytes, compressed, and a header.
     assert 300 < rehearsal.upload_bytes < 2000
     spool = Path(rehearsal._setup.spool_dir)

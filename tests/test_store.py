@@ -18,6 +18,7 @@ from edge_sdk.store import (
     BlockCache,
     DirectoryLock,
     Identity,
+    Newest,
     Spool,
     check_sha256,
     make_directory,
@@ -320,3 +321,23 @@ def test_importing_the_store_loads_no_numpy() -> None:
     script = "import sys, edge_sdk.store; print('numpy' in sys.modules)"
     output, _ = child(script).communicate()
     assert output == "False\n"
+
+
+def test_a_device_never_goes_back_to_an_older_version(tmp_path: Path) -> None:
+    newest = Newest(tmp_path, "job")
+    assert newest.version == -1
+    assert newest.raise_to(0)
+    assert newest.raise_to(7)
+    assert newest.raise_to(7)
+    assert not newest.raise_to(6)
+    again = Newest(tmp_path, "job")
+    assert again.version == 7
+    assert not again.raise_to(3)
+    assert Newest(tmp_path, "other").raise_to(0), "each job has its own"
+
+
+@pytest.mark.parametrize("text", [b"", b"-1", b"seven", b"\xff\xfe"])
+def test_a_spoilt_mark_of_the_newest_version_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "newest-version.job").write_bytes(text)
+    with pytest.raises(StateError, match=r"newest-version\.job holds .* not a version"):
+        Newest(tmp_path, "job")

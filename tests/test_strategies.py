@@ -259,7 +259,7 @@ def test_a_device_that_changed_nothing_leaves_every_bit(codec: str) -> None:
 
 def test_the_device_half_yields_one_update_that_answers_the_offer() -> None:
     _, generator = device((1, 12, ("body.1", "head")))
-    header, parts = decode_update(memoryview(next(generator)))
+    header, parts = decode_update(memoryview(next(generator).to_bytes()))
     assert (header.round, header.ticket, header.base_sha) == (4, bytes(16), "ab" * 32)
     assert (header.codec, header.num_examples, header.metrics) == ("lossless", 12, METRICS)
     assert [name for name, _ in header.blocks] == ["body.1", "head"] == [name for name, _ in parts]
@@ -268,7 +268,7 @@ def test_the_device_half_yields_one_update_that_answers_the_offer() -> None:
 
 
 def header_with(**changes: Any) -> UpdateHeader:
-    header, _ = decode_update(memoryview(next(device((1, 12, ("body.1", "head")))[1])))
+    header, _ = decode_update(memoryview(next(device((1, 12, ("body.1", "head")))[1]).to_bytes()))
     return msgspec.structs.replace(header, **changes)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edge_sdk.cost import CostTable, Line, prefix_of, prefix_output_bytes_per_sample
+from edge_sdk.cost import CostTable, Line
 from edge_sdk.model import BlockModel
 from edge_sdk.step import Outline, Sizes, Step
 from edge_sdk.task import Task
@@ -23,6 +25,7 @@ from edge_sdk.trace import cost_table, cost_table_apart
 from edge_sdk.train import Samples
 from edge_sdk.wire import Training
 from tests.benchmarks.models import ResNet, Transformer, TwoModalities
+from tests.toy_tables import cut_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SGD = Training(optimizer="sgd", momentum=0.9)
@@ -176,7 +179,7 @@ def test_recurrent_layers_and_embeddings(kind: Any, gates: int) -> None:
     assert found["head"] == (2 * 5 * 2, 2 * 2 * 5 * 2)
     assert found["cells"][0] == sum(inner)
     assert found["cells"][1] == pytest.approx(2 * sum(inner), rel=0.1)
-    assert prefix_of(table, {"head"}) == ("embed", "cells")
+    assert cut_of(table, "head").blocks == ("embed", "cells")
     assert table.batch_bytes_per_sample == 7 * 8 + 8
 
 
@@ -194,8 +197,8 @@ def test_two_chains() -> None:
     forward = sum(both[0] for both in found.values())
     # Only one chain has a gradient; the other one is a prefix.
     assert step_flops(table, sound[2]) == forward + third + found["head"][0]
-    assert set(sound[:2]) < set(prefix_of(table, {sound[2]}))
-    assert any(name.startswith("series") for name in prefix_of(table, {sound[2]}))
+    assert set(sound[:2]) < set(cut_of(table, sound[2]).blocks)
+    assert any(name.startswith("series") for name in cut_of(table, sound[2]).blocks)
     assert step_flops(table, sound[2]) < step_flops(table, *sound)
 
 
@@ -248,7 +251,7 @@ def test_activations_are_what_backward_needs() -> None:
     (crossing,) = table.crossings
     assert (crossing.born, crossing.last_use, crossing.size) == (0, 1, Line(0, 4 * 32))
     assert (crossing.savers_trained, crossing.savers_passed) == ((0, 1), (0,))
-    assert prefix_output_bytes_per_sample(table, ("0",)) == 4 * 32
+    assert cut_of(table, "2").bytes_per_sample == 4 * 32
     upper = table.segments[1]
     assert upper.kept_trained == upper.kept_passed == Line(0, 4 * 8)
     assert max(line.fixed for line in upper.back_trained) >= 4 * (32 * 8 + 8)
@@ -283,11 +286,11 @@ def test_what_a_table_says_of_its_task() -> None:
         augment_views=3,
         lossy_prefix=True,
     )
-    assert (table.min_micro_batch, table.views) == (2, 3)
+    assert (table.batch_statistics, table.views) == (("0",), 3)
     assert (table.lossy_prefix, table.random_prefix) == (True, False)
     assert table.recomputable == ("0",)
     assert table.cuttable == ("0", "1")
-    assert table_of(lambda: Pair(plain)).min_micro_batch == 1
+    assert table_of(lambda: Pair(plain)).batch_statistics == ()
 
 
 def plain(pair: Any, x: torch.Tensor) -> torch.Tensor:
@@ -314,6 +317,20 @@ def test_a_table_is_small_and_comes_back() -> None:
 def test_a_table_made_apart_is_the_same(build: Any) -> None:
     model = model_of(build)
     assert cost_table_apart(model, samples_of(X)) == cost_table(model, samples_of(X))
+
+
+@pytest.mark.parametrize("end", [threading.Event().wait, lambda: os._exit(3)])
+def test_a_child_that_hangs_or_dies_does_not_matter(end: Callable[[], object]) -> None:
+    """As one would that waits for a thread of its parent."""
+    parent = os.getpid()
+
+    def between(pair: Any, x: torch.Tensor) -> torch.Tensor:
+        if os.getpid() != parent:
+            end()
+        return plain(pair, x)
+
+    model = model_of(lambda: Pair(between))
+    assert cost_table_apart(model, samples_of(X), limit_s=0.5) == cost_table(model, samples_of(X))
 
 
 def test_no_model_is_too_large() -> None:
@@ -398,10 +415,10 @@ def test_watching_leaves_the_model_as_it_was(build: Any) -> None:
 
 def test_a_prefix_is_kept_as_its_last_module_returns_it() -> None:
     table = table_of(lambda: ResNet(32, 4), np.zeros((9, 3, 16, 16), np.float32))
-    prefix = prefix_of(table, {"head"})
+    cut = cut_of(table, "head")
     # The mean over all places is taken by the model itself, each time.
-    assert prefix_output_bytes_per_sample(table, prefix) == 4 * 32 * 16 * 16
-    assert set(prefix) <= set(table.cuttable)
+    assert cut.bytes_per_sample == 4 * 32 * 16 * 16
+    assert set(cut.blocks) <= set(table.cuttable)
 
 
 def test_two_chains_keep_two_outputs() -> None:
@@ -411,9 +428,8 @@ def test_two_chains_keep_two_outputs() -> None:
         blocks={"series": ["series"], "sound": ["sound"], "head": ["head"]},
         chains={"left": ["series"], "right": ["sound"]},
     )
-    kept = prefix_output_bytes_per_sample(table, prefix_of(table, {"head"}))
-    assert kept == 4 * (5 * 16 + 16 * 8)
-    assert prefix_output_bytes_per_sample(table, prefix_of(table, {"sound"})) == 4 * 5 * 16
+    assert cut_of(table, "head").bytes_per_sample == 4 * (5 * 16 + 16 * 8)
+    assert cut_of(table, "sound").bytes_per_sample == 4 * 5 * 16
 
 
 def test_what_returns_no_tensor_or_runs_twice_cannot_be_kept() -> None:

@@ -43,8 +43,14 @@ PATIENCE_S = 30.0
 NO_PREFIX = FrozenPrefix()
 SAMPLES = 24
 
+SLOW_S = 0.05
 # Long training writes `begun`, so that a test can act in the middle of it.
-TASK = """\
+TASK = (
+    f"""\
+SLOW_S = {SLOW_S}
+"""
+    + """\
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +67,18 @@ def loss(output, targets):
         (HERE / "begun").touch()
     if (HERE / "no-memory").exists():
         raise MemoryError("DefaultCPUAllocator: not enough memory")
+    if (HERE / "diverges").exists():
+        return output.sum() * float("nan")
     if (HERE / "raises").exists():
         raise ValueError("labels of class 7 are missing")
     return nn.functional.cross_entropy(output, targets)
+
+
+class First(nn.Linear):
+    def forward(self, x):
+        if (HERE / "slow").exists():
+            time.sleep(SLOW_S)
+        return super().forward(x)
 
 
 def train_data(part, parts):
@@ -74,11 +89,12 @@ def train_data(part, parts):
 def task():
     return Task(
         name="toy",
-        build_model=lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
+        build_model=lambda: nn.Sequential(First(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
         loss=loss,
         train_data=train_data,
     )
 """
+)
 
 
 class Bench:
@@ -276,6 +292,16 @@ def test_a_prefix_that_is_kept_changes_nothing_but_the_cost(bench: Bench, cache:
     assert bool(list(bench.folder.glob("prefix/*"))) == (cache == "disk")
 
 
+def test_seconds_of_training_are_with_the_filling_of_a_prefix(bench: Bench) -> None:
+    (bench.folder / "slow").touch()
+    bench.trainer.train(bench.order(21, prefix=FrozenPrefix(blocks=("0",), cache="memory")))
+    trained = bench.answer()
+    (bench.folder / "slow").unlink()
+    bench.update(21)
+    assert isinstance(trained, Trained)
+    assert trained.metrics.train_s >= 2 * SLOW_S, "24 samples are two batches of 16"
+
+
 def test_a_prefix_that_cannot_run_apart_is_said_and_the_next_plan_carried_out(
     bench: Bench,
 ) -> None:
@@ -359,6 +385,12 @@ def test_a_pause_rests_between_steps_and_a_stop_ends_it(bench: Bench) -> None:
     ("marker", "kind", "message"),
     [
         ("raises", "task", "ValueError: labels of class 7 are missing"),
+        (
+            "diverges",
+            "task",
+            "task 'toy': the loss is nan at step 0; nothing is sent. Lower the learning rate or "
+            "check the data.",
+        ),
         ("no-memory", "memory", "MemoryError: DefaultCPUAllocator: not enough memory"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_sdk.cost import CostTable, overhead_bytes, prefix_output_bytes_per_sample
+from edge_sdk.cost import CostTable, overhead_bytes
 from edge_sdk.ways import (
     ENGINE_BYTES,
     FILL_BATCH,
@@ -17,7 +17,7 @@ from edge_sdk.ways import (
     Way,
 )
 from edge_sdk.wire import Training
-from tests.toy_tables import Row, limits_with, table_of
+from tests.toy_tables import Row, cut_of, limits_with, table_of
 
 TABLE = table_of(*[Row(out=64_000)] * 4)
 LAST = TABLE.spec.names[2:]
@@ -64,10 +64,42 @@ def test_batches_are_halved_and_a_step_in_backward_needs_the_whole_one() -> None
     ]  # fmt: skip
 
 
+NORMED = msgspec.structs.replace(TABLE, batch_statistics=("b1", "b3"))
+
+
 def test_batch_statistics_need_two_samples() -> None:
-    table = msgspec.structs.replace(TABLE, min_micro_batch=2)
-    assert {way.micro_batch for way in ways_of(table)} == {12, 6, 3}
-    assert {w.micro_batch for w in ways_of(table, training=Training(batch_size=1))} == {1}
+    assert {way.micro_batch for way in ways_of(NORMED)} == {12, 6, 3}
+    assert {way.micro_batch for way in ways_of(NORMED, ("b2",))} == {12, 6, 3, 1}
+
+
+@pytest.mark.parametrize(("batch_size", "samples"), [(1, 100), (8, 1)])
+def test_a_lone_sample_has_no_statistics(batch_size: int, samples: int) -> None:
+    costing = Costing(NORMED, Training(batch_size=batch_size), limits_with(), samples)
+    assert list(costing.ways(("b2", "b3"))) == []
+    assert (costing.unable(("b2", "b3")) or "").startswith(
+        "takes statistics over a batch in block 'b3', and a batch has 1 sample; raise"
+    )
+    assert costing.unable(("b2",)) is None
+    assert {way.micro_batch for way in costing.ways(("b2",))} == {batch_size}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "samples", "most"),
+    [(4, 100, 2), (4, 101, 3), (4, 102, 2), (5, 100, 3), (2, 100, 2), (2, 9, 3), (64, 5, 3)],
+)
+def test_two_at_a_time_may_have_to_take_in_a_third(
+    batch_size: int, samples: int, most: int
+) -> None:
+    plain = msgspec.structs.replace(TABLE, recomputable=(), cuttable=())
+    normed = msgspec.structs.replace(plain, batch_statistics=("b3",))
+
+    def peak_bytes(table: CostTable, batch_size: int, micro_batch: int, samples: int) -> int:
+        ways = ways_of(table, training=Training(batch_size=batch_size), samples=samples)
+        return next(way.peak_bytes for way in ways if way.micro_batch == micro_batch)
+
+    found = peak_bytes(normed, batch_size, 2, samples)
+    whole = batch_size == 2
+    assert found == peak_bytes(plain, most if whole else 2 * most, most, 12)
 
 
 @pytest.mark.parametrize("batch_size", [20, 64])
@@ -125,7 +157,7 @@ def test_only_engines_that_are_here_run() -> None:
 @pytest.mark.parametrize("views", [1, 5])
 def test_storage_bounds_what_is_kept_on_disk(views: int) -> None:
     table = msgspec.structs.replace(TABLE, views=views, lossy_prefix=True)
-    kept = SAMPLES * views * prefix_output_bytes_per_sample(table, PREFIX)
+    kept = SAMPLES * views * cut_of(table, *LAST).bytes_per_sample
     assert kept == SAMPLES * views * 64_000
 
     def on_disk(storage_bytes: int) -> set[str]:
@@ -215,11 +247,19 @@ def test_half_precision_halves_what_is_kept() -> None:
     assert full.peak_bytes - half.peak_bytes == 10_000 * 64_000 // 2
 
 
+def test_putting_blocks_into_the_model_takes_three_times_the_largest() -> None:
+    heavy = table_of(Row(params=5_000_000), *[Row()] * 3)
+    last, one = heavy.spec.names[3:], Training(batch_size=1)
+    loading_bytes = (80 << 20) + 20_000_000 + 3 * 400_000 + 3 * 20_000_000
+    assert {way.peak_bytes for way in ways_of(heavy, last, one)} == {loading_bytes}
+    assert min(way.peak_bytes for way in ways_of(heavy, heavy.spec.names, one)) > loading_bytes
+
+
 def test_filling_needs_the_whole_model_and_a_forward_pass() -> None:
-    heavy = table_of(*[Row(params=5_000_000)] * 3, Row())
+    heavy = table_of(*[Row(params=50_000)] * 3, Row(params=2_000))
     last, one = heavy.spec.names[3:], Training(batch_size=1)
     disk = way_with(ways_of(heavy, last, one), 1, cache="disk")
-    whole = (80 << 20) + overhead_bytes(heavy, {}) + 3 * 20_000_000 + 400_000
+    whole = (80 << 20) + overhead_bytes(heavy, {}) + 3 * 200_000 + 8_000
     assert disk.peak_bytes == whole + FILL_BATCH * (15_000 + 10_000 + 1000)
     filled = ways_of(heavy, last, one, filled_prefix=heavy.spec.names[:3])
     again = way_with(filled, 1, cache="disk")

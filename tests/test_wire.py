@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -45,7 +46,12 @@ from edge_sdk.wire import (
     encode_update,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "wire-1.0.json").read_text())
+# Bytes of every version of the protocol there has been; the newest is GOLDEN.
+STORED = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "golden").glob("wire-*.json"))
+}
+GOLDEN = STORED[f"wire-{wire.WIRE_MAJOR}.{wire.WIRE_MINOR}"]
 CONTROL = sorted(name for name in GOLDEN if name not in ("Piece", "Update"))
 SHA = "5f" * 32
 TICKET = bytes(range(16))
@@ -136,28 +142,46 @@ def test_updates_come_back_as_they_were(header: UpdateHeader, sizes: list[int]) 
     assert all(part.obj is body for _, part in parts), "an update is cut without copying it"
 
 
-# --- stored bytes of wire 1.0 --------------------------------------------------------------------
+@settings(max_examples=30, deadline=None)
+@given(header=any_of(UpdateHeader), sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5))
+def test_an_update_written_in_chunks_is_the_same(header: UpdateHeader, sizes: list[int]) -> None:
+    payloads = [(f"b{place}", bytes([place]) * size) for place, size in enumerate(sizes)]
+
+    def finish(blocks: tuple[tuple[str, int], ...]) -> UpdateHeader:
+        return msgspec.structs.replace(header, blocks=blocks)
+
+    whole = wire.Update(payloads, finish).to_bytes()
+    assert b"".join(wire.Update(iter(payloads), finish).chunks(io.BytesIO())) == whole
+    assert [name for name, _ in decode_update(memoryview(whole))[1]] == [n for n, _ in payloads]
+
+
+# --- stored bytes of every version ---------------------------------------------------------------
 
 
 def test_every_message_type_has_stored_bytes() -> None:
     assert set(CONTROL) == {cls.__name__ for cls in MESSAGES}
 
 
-@pytest.mark.parametrize("name", CONTROL)
-def test_stored_control_messages_still_decode(name: str) -> None:
-    message = decode(bytes.fromhex(GOLDEN[name]["hex"]))
-    assert type(message).__name__ == name
-    assert json.loads(msgspec.json.encode(message)).items() >= GOLDEN[name]["fields"].items()
+@pytest.mark.parametrize("stored", STORED.values(), ids=list(STORED))
+def test_stored_control_messages_still_decode(stored: dict[str, Any]) -> None:
+    for name in CONTROL:
+        message = decode(bytes.fromhex(stored[name]["hex"]))
+        assert type(message).__name__ == name
+        fields = json.loads(msgspec.json.encode(message))
+        assert fields.items() >= stored[name]["fields"].items()
 
 
-def test_a_stored_piece_still_decodes() -> None:
-    piece = decode(bytes.fromhex(GOLDEN["Piece"]["hex"]))
+@pytest.mark.parametrize("stored", STORED.values(), ids=list(STORED))
+def test_a_stored_piece_still_decodes(stored: dict[str, Any]) -> None:
+    piece = decode(bytes.fromhex(stored["Piece"]["hex"]))
     assert piece == Piece(bytes.fromhex(SHA)[:8], 2, 7, b"raw bytes", zlib.crc32(b"raw bytes"))
 
 
-def test_a_stored_update_still_decodes() -> None:
-    header, parts = decode_update(memoryview(bytes.fromhex(GOLDEN["Update"]["hex"])))
-    assert json.loads(msgspec.json.encode(header)).items() >= GOLDEN["Update"]["fields"].items()
+@pytest.mark.parametrize("stored", STORED.values(), ids=list(STORED))
+def test_a_stored_update_still_decodes(stored: dict[str, Any]) -> None:
+    header, parts = decode_update(memoryview(bytes.fromhex(stored["Update"]["hex"])))
+    fields = json.loads(msgspec.json.encode(header))
+    assert fields.items() >= stored["Update"]["fields"].items()
     assert [(name, bytes(part)) for name, part in parts] == [("body.1", b"abc"), ("head", b"de")]
 
 

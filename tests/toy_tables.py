@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edge_sdk.blocks import Block, ModelSpec, TensorSpec
 from edge_sdk.cost import BlockCost, CostTable, Crossing, Line, Segment, Work
-from edge_sdk.ways import Limits
+from edge_sdk.ways import Costing, Cut, Limits
+from edge_sdk.wire import Training
 
 
 class Row(NamedTuple):
@@ -121,6 +122,11 @@ def limits_with(**changes: Any) -> Limits:
     return msgspec.structs.replace(plenty, **changes)
 
 
+def cut_of(table: CostTable, *trained: str) -> Cut:
+    """The frozen prefix of some trained blocks."""
+    return Costing(table, Training(), limits_with(), 9).cut(trained)
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     """Any block; what passes a gradient keeps no more than what is trained."""
@@ -141,7 +147,7 @@ def tables(most: int = 6) -> st.SearchStrategy[CostTable]:
         {
             "random_prefix": st.booleans(),
             "lossy_prefix": st.booleans(),
-            "min_micro_batch": st.sampled_from([1, 2]),
+            "batch_statistics": st.sampled_from([(), ("b0",), ("b0", "b1")]),
             "views": st.integers(1, 3),
         }
     )

@@ -41,7 +41,7 @@ def lockstep(
     """Drive both halves of a round in one process, every message through its wire form."""
     receipts = []
     for device in devices:
-        body = next(device)
+        body = next(device).to_bytes()
         header, parts = decode_update(memoryview(body))
         server.check(header)
         server.receive(header, parts)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edge_sdk.blocks import ModelSpec, levels
 from edge_sdk.errors import WrongUpdate
 from edge_sdk.plan import Plan
-from edge_sdk.wire import Offer, Receipt, UpdateHeader, UpdateMetrics, encode_update
+from edge_sdk.wire import Offer, Receipt, Update, UpdateHeader, UpdateMetrics
 
 # Agent and planner use only the candidates below, and stay without numpy: a quarter of a second and
 # 12 MiB on every device. So what computes is imported where it computes.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_sdk.merge import BlockSum
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
-DeviceRound = Generator[bytes, Receipt, None]
+DeviceRound = Generator[Update, Receipt, None]
 
 
 class LocalModel(Protocol):
@@ -72,20 +72,23 @@ def device_round(
     from edge_sdk.codec import encode_change
 
     num_examples = local.train(plan)
-    payloads = [
-        encode_change(plan.codec, spec.block(name), local.base(name), local.read(name), rng)
+    payloads = (
+        (name, encode_change(plan.codec, spec.block(name), local.base(name), local.read(name), rng))
         for name in plan.blocks
-    ]
-    header = UpdateHeader(
-        round=offer.round,
-        ticket=offer.ticket,
-        base_sha=offer.base_sha,
-        codec=plan.codec,
-        num_examples=num_examples,
-        blocks=tuple((n, len(p)) for n, p in zip(plan.blocks, payloads, strict=True)),
-        metrics=local.metrics(),
     )
-    yield encode_update(header, payloads)
+
+    def header(blocks: tuple[tuple[str, int], ...]) -> UpdateHeader:
+        return UpdateHeader(
+            round=offer.round,
+            ticket=offer.ticket,
+            base_sha=offer.base_sha,
+            codec=plan.codec,
+            num_examples=num_examples,
+            blocks=blocks,
+            metrics=local.metrics(),
+        )
+
+    yield Update(payloads, header)
 
 
 class ServerRound:

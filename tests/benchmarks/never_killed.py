@@ -273,7 +273,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="keep all logs in this new directory")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    count, rounds, limit_s = (3, 4, 45.0) if arguments.quick else (20, 10, float("inf"))
+    count, rounds, limit_s = (2, 3, 40.0) if arguments.quick else (20, 10, float("inf"))
     jobs: list[Job] = []
     before, started_s = kernel_kills(), time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
