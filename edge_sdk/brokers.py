@@ -96,16 +96,17 @@ class Pace:
     """When a connection may publish again: token buckets for messages and for bytes.
 
     Every publish is counted, also one that had to go out before its time: the debt is paid by
-    waiting longer afterwards. A bucket holds one second's worth, for that is how brokers count.
+    waiting longer afterwards. What a bucket holds and what flows into it in one second are together
+    what a broker allows in one.
     """
 
     # Brokers count in windows that are not ours: a little slower than allowed is never too fast.
     SHARE = 0.9
 
     def __init__(self, profile: BrokerProfile) -> None:
-        self._per_s = (profile.publishes_per_s * self.SHARE, profile.bytes_per_s * self.SHARE)
-        # Half a second's worth at once: a burst and a steady second together stay below the limit.
-        self._full = tuple(rate / 2 for rate in self._per_s)
+        allowed = (profile.publishes_per_s, profile.bytes_per_s)
+        self._per_s = tuple(per_s * self.SHARE for per_s in allowed)
+        self._full = tuple(max(1.0, per_s * (1 - self.SHARE)) for per_s in allowed)
         self._tokens = list(self._full)
         self._at_s: float | None = None
 
@@ -119,8 +120,8 @@ class Pace:
         """Seconds until the next message is within the limits; 0: now."""
         self._fill(now_s)
         waits = [
-            (min(1.0, full) - tokens) / per_s
-            for tokens, full, per_s in zip(self._tokens, self._full, self._per_s, strict=True)
+            (1.0 - tokens) / per_s
+            for tokens, per_s in zip(self._tokens, self._per_s, strict=True)
             if per_s
         ]
         return max(0.0, *waits, 0.0)

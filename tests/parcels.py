@@ -89,3 +89,8 @@ def base_of(spec: ModelSpec) -> str:
     return model_sha256([
         BlockEntry(name=b.name, sha256=sha256, size_bytes=1, raw_bytes=1) for b, sha256 in named
     ])  # fmt: skip
+
+
+def spooled(home: Path, spec: ModelSpec, device: str = "dev", **what: int) -> SpoolEntry:
+    """An update in the device's spool, for the server in the same home."""
+    return fill_spool(home / device / "spool", spec, home / "server", device, base_of(spec), **what)

@@ -18,7 +18,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class Notes:
     """Counters in a file that outlive a kill."""
 
     def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(handle, _NOTES.size)
         self._map = mmap.mmap(handle, _NOTES.size)
@@ -232,6 +234,21 @@ class PlainDevice:
         )  # fmt: skip
         self.link.publish(self.topics.up(self.device), encode(hello))
         self.hello.arm(time.monotonic())
+
+
+@contextmanager
+def connected(
+    url: str, home: Path, device: str = "dev", fetches: bool = False, profile: str = "generic"
+) -> Iterator[PlainDevice]:
+    """A device on its way to deliver what is in its spool, or to fetch the model."""
+    subject = PlainDevice(url, device, home / device, profile=profile)
+    subject.fetches = fetches
+    subject.start()
+    subject.deliver()
+    try:
+        yield subject
+    finally:
+        subject.close()
 
 
 def command(url: str, device: str, state: Path, profile: str = "generic") -> list[str]:

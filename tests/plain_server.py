@@ -19,13 +19,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.blocks import ModelSpec
-from edge_sdk.brokers import BrokerProfile, broker_profile
+from edge_sdk.brokers import BROKERS, BrokerProfile, broker_profile
 from edge_sdk.errors import MalformedMessage, PeerError
 from edge_sdk.link import Arrived, LinkDown, LinkUp
 from edge_sdk.strategies import strategy_named
@@ -36,10 +37,12 @@ from reference_server.ingest import Ingest
 from reference_server.ledger import Ledger
 from reference_server.trust import Tickets
 from reference_server.versions import Manifest, VersionStore
+from tests.brokers import OpenBroker
 from tests.parcels import CODEC, JOB, ROUND, model, weights
 from tests.relay import eventually
 
 ROUND_S = 3600.0
+READY_S = 30.0
 
 
 class PlainServer:
@@ -59,6 +62,8 @@ class PlainServer:
         self.ingest = Ingest(
             JOB, spec, self.ledger, self.tickets, state / "incoming", self.counting, rng
         )
+        self._judged = set(self.ledger.answers(JOB, ROUND).verdicts)
+        self.ingest.judged = self._judged
         boot = secrets.token_hex(8)
         self.down = Downlink(url, JOB, self.inbox, self.versions, state, broker, rng, boot)
         self._thread: threading.Thread | None = None
@@ -222,8 +227,20 @@ class PlainServer:
         if answer is None:
             return
         if isinstance(answer, Receipt):
+            self._judged.add(device)
             self.verdicts[device] = f"{answer.verdict} {answer.reason}".strip()
         self.down.say(device, answer)
+
+
+@contextmanager
+def serving(
+    broker: OpenBroker, home: Path, spec: ModelSpec, url: str | None = None, profile: str = ""
+) -> Iterator[PlainServer]:
+    """A server in a thread, ready for devices; ``url`` where it is not the broker's own."""
+    limits = BROKERS[profile or broker.kind]
+    with PlainServer(url or broker.url, home / "server", spec, limits) as server:
+        eventually(lambda: server.ask(lambda: server.down.ready), READY_S)
+        yield server
 
 
 def command(url: str, state: Path, blocks: int, size_bytes: int, profile: str) -> list[str]:
@@ -245,7 +262,7 @@ def ask(server: subprocess.Popen[bytes], order: str) -> dict[str, Any]:
 
 def wait_until_ready(server: subprocess.Popen[bytes]) -> None:
     """Until it is connected and its blocks are where they should be."""
-    eventually(lambda: bool(ask(server, "report")["ready"]), 30.0)
+    eventually(lambda: bool(ask(server, "report")["ready"]), READY_S)
 
 
 def obey(server: PlainServer) -> None:

@@ -10,15 +10,12 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from edge_sdk.blocks import ModelSpec
-from edge_sdk.brokers import BROKERS
 from edge_sdk.errors import StateError
-from edge_sdk.store import SpoolEntry
 from reference_server.broker import Kind
 from tests import plain_device, plain_server
 from tests.brokers import OpenBroker
@@ -29,9 +26,9 @@ from tests.limited_broker import (
     LimitedBroker,
     Limits,
 )
-from tests.parcels import JOB, ROUND, base_of, fill_spool, model, sums
-from tests.plain_device import PlainDevice, read_notes
-from tests.plain_server import PlainServer
+from tests.parcels import JOB, ROUND, base_of, fill_spool, model, spooled, sums
+from tests.plain_device import connected, read_notes
+from tests.plain_server import PlainServer, serving
 from tests.relay import Relay, eventually
 
 DONE_S = 30.0
@@ -47,36 +44,6 @@ def open_broker(broker_kind: Kind, tmp_path: Path) -> Iterator[OpenBroker]:
     broker.start()
     yield broker
     broker.stop()
-
-
-def spooled(home: Path, spec: ModelSpec, device: str = "dev", **what: int) -> SpoolEntry:
-    """An update in the device's spool, for the server in the same home."""
-    return fill_spool(home / device / "spool", spec, home / "server", device, base_of(spec), **what)
-
-
-@contextmanager
-def serving(
-    broker: OpenBroker, home: Path, spec: ModelSpec, url: str | None = None, profile: str = ""
-) -> Iterator[PlainServer]:
-    limits = BROKERS[profile or broker.kind]
-    with PlainServer(url or broker.url, home / "server", spec, limits) as server:
-        eventually(lambda: server.ask(lambda: server.down.ready), DONE_S)
-        yield server
-
-
-@contextmanager
-def connected(
-    url: str, home: Path, device: str = "dev", fetches: bool = False, profile: str = "generic"
-) -> Iterator[PlainDevice]:
-    """A device on its way to deliver what is in its spool, or to fetch the model."""
-    subject = PlainDevice(url, device, home / device, profile=profile)
-    subject.fetches = fetches
-    subject.start()
-    subject.deliver()
-    try:
-        yield subject
-    finally:
-        subject.close()
 
 
 def counted_once(server: PlainServer, spec: ModelSpec, *bodies: bytes) -> None:
@@ -125,13 +92,13 @@ def test_an_upload_goes_on_after_a_kill(
                 open_broker.ensure_running()
             else:
                 alive[victim].kill()
-                alive[victim].wait()
+                alive[victim].communicate()
                 alive[victim] = start(*children[victim])
             assert alive["device"].wait(DONE_S) == 0
         finally:
             for process in alive.values():
                 process.kill()
-                process.wait()
+                process.communicate()
     assert (tmp_path / "dev/receipts.txt").read_text() == f"accepted {entry.sha256} \n"
     assert not list((tmp_path / "dev/spool").glob("*.body")), "the spool was emptied"
     with serving(open_broker, tmp_path, spec) as server:

@@ -168,7 +168,7 @@ class Chaos:
 def measure(quick: bool) -> tuple[dict[str, float], list[Row]]:
     """One run; a row says who was killed how often."""
     assert find_mosquitto() is not None, "mosquitto is not installed: apt install mosquitto"
-    transfers, kills, size_bytes = (12, 20, 2_000_000) if quick else (60, 100, 4_000_000)
+    transfers, kills, size_bytes = (12, 20, 4_000_000) if quick else (60, 100, 4_000_000)
     with tempfile.TemporaryDirectory() as directory:
         chaos = Chaos(Path(directory), transfers, kills, size_bytes)
         started_s = time.monotonic()
