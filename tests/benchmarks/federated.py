@@ -126,7 +126,7 @@ def federated(
                 run.change_elements += sum(array.size for array in new.values())
             run.upload_bytes += len(_message(number, codec, samples, blocks, payloads))
         for name, total in sums.items():
-            base[name] = total.publish(base[name])
+            base[name] = total.publish(base[name], codec)
         for name in spec.names:
             model.write(name, base[name])
         run.accuracy.append(_accuracy(case, model))
