@@ -250,15 +250,7 @@ def decode_block_delta(block: Block, base: Tensors, payload: Buffer) -> dict[str
     codes, tensors = iter(body[:head_bytes].tolist()), {}
     for spec, words in _read_planes(block, body[head_bytes:]):
         code = next(codes) if spec.dtype in _STEPPED else 0
-        # The lowest bit is the sign: 0, -1, 1, -2 ... back from 0, 1, 2, 3.
-        move = words.view(_patterns(words))
-        move = (move >> 1) ^ (~(move & 1) + move.dtype.type(1))
-        old = _content(block, spec, base)
-        if code:
-            words = grid.moved(old, move.view(f"<i{move.dtype.itemsize}"), code)
-        else:
-            move += old.view(move.dtype)
-            words = move.view(words.dtype)
+        _move(words, _content(block, spec, base), code)
         tensors[spec.name] = _tensor(block, spec, words)
     return tensors
 
@@ -516,6 +508,19 @@ def _moves(block: Block, base: Tensors, new: Tensors, codes: list[int]) -> Itera
         move <<= 1
         move ^= ~downwards + bits.type(1)
         yield move
+
+
+def _move(words: Array, old: Array, code: int) -> None:
+    """Put what lies so far from ``old`` in the place of how far it is."""
+    bits = _patterns(words)
+    for run in quantise.runs(words.size):
+        # The lowest bit is the sign: 0, -1, 1, -2 ... back from 0, 1, 2, 3.
+        move = words[run].view(bits)
+        move = (move >> 1) ^ (~(move & 1) + bits.type(1))
+        if code:
+            words[run] = grid.moved(old[run], move.view(f"<i{bits.itemsize}"), code)
+        else:
+            words[run].view(bits)[:] = move + old[run].view(bits)
 
 
 def _in_planes(block: Block, contents: Iterable[Array], head_bytes: int = 0) -> Planes:

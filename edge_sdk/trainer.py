@@ -524,10 +524,9 @@ def _cached(cache: BlockCache, spec: Block, sha256: str) -> dict[str, np.ndarray
     if delta is None:
         arrays = decode_block(spec, cache.read(sha256))
     else:
-        base = decode_block(spec, cache.read(delta[1]))
         with disk_errors("read", delta[0]):
             payload = delta[0].read_bytes()
-        arrays = decode_block_delta(spec, base, payload)
+        arrays = decode_block_delta(spec, decode_block(spec, cache.read(delta[1])), payload)
     if block_hash(spec, arrays) != sha256:
         raise DamagedBlock(f"block {spec.name!r}: content does not have its hash {sha256}")
     if delta is not None:

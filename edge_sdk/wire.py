@@ -91,7 +91,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     block: its number in the offer. base: the first bytes of the other version's hash.
     """
 
-    block: Annotated[int, Meta(ge=0, lt=MAX_BLOCKS)]
+    block: Annotated[int, Meta(ge=0, le=MAX_BLOCKS - 1)]
     base: Annotated[bytes, Meta(min_length=8, max_length=8)]
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_TRANSFER_BYTES)]
