@@ -13,7 +13,7 @@ codec     a float element travels as                  relative distortion
 ========  ==========================================  ======================================
 lossless  float32, rounded to the unit of 2**-30      0: the sum is that of the changes
 fp16      float16, rounded to nearest                 1e-7
-balanced  4 bits of dithered quantiser, about 1.5     0.2, unbiased
+balanced  4 bits of dithered quantiser, about 1.4     0.23, unbiased
 tiny      2 bits of dithered quantiser, about 0.55    3, unbiased: many devices average it out
 ========  ==========================================  ======================================
 

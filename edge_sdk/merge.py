@@ -84,9 +84,11 @@ class BlockSum:
         Works part by part: beside the payload's own content nothing of its size is made.
         """
         samples = self._samples_with(weight)
+        scratch = np.empty(0, np.int64)
         for where, q, factor in decode_change(codec, self.block, payload):
-            addend = q.astype(np.int64)
-            addend *= factor * weight
+            scratch = scratch if q.size <= scratch.size else np.empty(q.size, np.int64)
+            addend = scratch[: q.size]
+            np.multiply(q, np.int64(factor * weight), out=addend, dtype=np.int64)
             self._numerators[where] += addend
         self.samples = samples
         self.devices += 1
