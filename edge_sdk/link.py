@@ -43,7 +43,7 @@ NOTSENT_LOWAT_BYTES = 1 << 14
 SEND_WINDOW_BYTES = 256 * 1024
 # On a slow line it is less: as much as is through in this many times the least time one message
 # took, and a little. That bridges what TCP sends again after a loss; more would only wait.
-STRETCH, STRETCH_S = 2.5, 0.2
+STRETCH, STRETCH_S = 2.5, 0.05
 LEAST_SEND_WINDOW_BYTES = 60 * 1024
 
 # struct tcp_info of Linux 4.1 and later: where tcpi_last_ack_recv and tcpi_bytes_acked are in it.

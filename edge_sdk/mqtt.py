@@ -260,6 +260,7 @@ class Link:
     def _live_once(self) -> tuple[Connection, float]:
         """One connection from greeting to end; LinkError when it never came to be."""
         make = partial(Connection, self._setup, self._shared)
+        self._held = []  # what the broker kept for us comes right behind its greeting
         connection = negotiate(make, self.protocol, ANSWER_LIMIT_S)
         born_s = time.monotonic()
         try:
@@ -276,7 +277,6 @@ class Link:
         return connection, time.monotonic() - born_s
 
     def _serve(self, connection: Connection) -> None:
-        self._held = []
         with self._lock:
             self._connection, self._greeting = connection, connection.greeting
             known_filters = self._filters
@@ -286,7 +286,7 @@ class Link:
                 self._connected = True
             self._last_reason = ""
             self._inbox.put(LinkUp(connection.greeting.protocol))
-            for event in self._held:
+            for event in self._held or ():
                 self._inbox.put(event)
         self._held = None
         while connection.alive and not self._shared.closing.is_set():

@@ -82,7 +82,8 @@ class Noted(NamedTuple):
 
 def read_notes(path: Path) -> Noted:
     """What was noted; zeros when nothing was."""
-    return Noted(*(_NOTES.unpack(path.read_bytes()) if path.exists() else [0] * 5))
+    written = path.read_bytes() if path.exists() else b""
+    return Noted(*_NOTES.unpack(written.ljust(_NOTES.size, b"\0")))
 
 
 class NotingLink(Link):

@@ -50,7 +50,7 @@ class Desk:
     def restarted(self) -> Ingest:
         """Another incarnation of the ingest on the same disk."""
         ingest = Ingest(
-            JOB, SPEC, self.ledger, self.tickets, self.home / "incoming", self.counting.put,
+            JOB, SPEC, self.ledger, self.tickets, self.home / "incoming", self.counting,
             random.Random(1),
         )  # fmt: skip
         ingest.terms = RoundTerms(

@@ -183,30 +183,27 @@ def disk_bytes() -> int:
     return 256 * 1024
 
 
-def test_a_full_disk_at_the_server_stops_nobody_else(
-    mosquitto: OpenBroker, tmp_path: Path, small_disk: Path
+def test_a_full_disk_at_the_server_is_waited_out(
+    mosquitto: OpenBroker, tmp_path: Path, small_disk: Path, disk_bytes: int
 ) -> None:
-    spec = model(4, UPDATE_BYTES)
-    spooled(tmp_path, spec, "large")
-    small = spooled(tmp_path, spec, "small", last=1)
+    """Meanwhile others are served."""
+    spec = model(1, disk_bytes // 2)
+    spooled(tmp_path, spec)
     (tmp_path / "server").mkdir(exist_ok=True)
     (tmp_path / "server/incoming").symlink_to(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(disk_bytes - 16384))
     with (
         serving(mosquitto, tmp_path, spec) as server,
-        connected(mosquitto.url, tmp_path, "large") as large,
+        connected(mosquitto.url, tmp_path) as sender,
+        connected(mosquitto.url, tmp_path, "other", fetches=True) as other,
     ):
-        assert large.run(lambda: large.outbox.handed_pieces >= 5, DONE_S)
-        with connected(mosquitto.url, tmp_path, "small") as other:
-            big_file = small_disk / "large.1.part"
-            eventually(big_file.is_file, DONE_S)
-            room = small_disk / "large.1.part"
-            assert room.stat().st_size < large.outbox.entry.size_bytes  # type: ignore[union-attr]
-            with big_file.open("r+b") as file:  # someone makes room for a small one
-                file.truncate(0)
-            assert other.run(lambda: other.receipts, DONE_S)
-            assert other.receipts[0].sha256 == small.sha256
-        assert server.verdicts == {"small": "accepted"}
-        assert large.outbox.entry is not None
+        assert sender.run(lambda: sender.outbox.handed_pieces, DONE_S)
+        assert other.run(other.has_blocks, DONE_S)
+        assert not sender.receipts
+        filler.unlink()
+        assert sender.run(lambda: sender.receipts, DONE_S)
+        assert server.verdicts == {"dev": "accepted"}
 
 
 def test_a_full_disk_at_the_device_is_told_there(
