@@ -115,8 +115,10 @@ class Fetch:
         """Take over what is complete and start with the next block; True when there is none."""
         self._take_over()
         offer = self._offer
-        for index, entry in enumerate(offer.blocks if offer is not None else ()):
-            if offer is not None and not self._cache.has(entry.sha256):
+        if offer is None:
+            return True
+        for index, entry in enumerate(offer.blocks):
+            if not self._cache.has(entry.sha256):
                 delta = self._delta(offer, index)
                 self._continue(offer, index, delta)
                 if not self._take_over():

@@ -1,7 +1,7 @@
 """Whole steps of a power of two: how far a published tensor moved, in numbers short to tell.
 
 A version that was made by adding whole steps to another (`merge.py`) differs from it by integers
-of about 6 bits, where the difference of the bit patterns has 11 to 17. Both sides add in float64
+of about 7 bits, where the difference of the bit patterns has 11 to 17. Both sides add in float64
 and round once, so the integers give the same bytes; `steps_between` finds them in the two versions
 alone, and what it does not find was not made that way.
 """

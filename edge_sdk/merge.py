@@ -9,7 +9,7 @@ number of workers give the same bytes. Publishing divides once, in float64:
 With lossless and fp16 that is the mean, exactly. Where the codec quantises a tensor, the mean has
 noise of its own; there num / den is rounded to whole steps of near a 32nd of its rms (`grid.py`),
 noise of at most 1/6000 of its power, so that a device that has the base can be told the new version
-in about 6 bits per parameter.
+in about 7 bits per parameter.
 
 However a change was encoded, it decodes to q * factor of at most 2**37 units: floats and escapes
 are checked against 128, the highest level times the largest step of its codec is at most 120, and
