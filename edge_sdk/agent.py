@@ -330,8 +330,7 @@ class Agent:
             return
         self._offer, self._damaged = offer, 0
         self._set_deadline(offer)
-        missing = [e.size_bytes for e in offer.blocks if not self._cache.has(e.sha256)]
-        self._fetch_bytes = sum(missing)
+        self._fetch_bytes = self._fetch.missing_bytes(offer)
         self._step(Event.OFFERED)
 
     def _refuse_older(self, offer: Offer) -> None:
@@ -412,7 +411,7 @@ class Agent:
         """Fetch the blocks the cache lacks; without one, go on."""
         offer = self._offer
         assert offer is not None
-        if self._fetch.begin(offer.blocks, offer.slots, offer.piece_bytes):
+        if self._fetch.begin(offer):
             self._fetched()
 
     def _fetched(self) -> None:

@@ -45,7 +45,7 @@ class CodecFigures(NamedTuple):
 CODEC_FIGURES = {
     "lossless": CodecFigures(24.0, 0.0),
     "fp16": CodecFigures(14.0, 1e-7),
-    "balanced": CodecFigures(1.6, 0.2),
+    "balanced": CodecFigures(1.6, 0.23),
     "tiny": CodecFigures(0.6, 3.0),
 }
 

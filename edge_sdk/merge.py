@@ -6,6 +6,11 @@ number of workers give the same bytes. Publishing divides once, in float64:
 
     new = base + num / den   where den > 0,   base bit for bit where nobody trained
 
+With lossless and fp16 that is the mean, exactly. Where the codec quantises a tensor, the mean has
+noise of its own; there num / den is rounded to whole steps of near a 32nd of its rms (`grid.py`),
+noise of at most 1/6000 of its power, so that a device that has the base can be told the new version
+in about 7 bits per parameter.
+
 However a change was encoded, it decodes to q * factor of at most 2**37 units: floats and escapes
 are checked against 128, the highest level times the largest step of its codec is at most 120, and
 integers are checked against 2**37. The samples of a sum stay below 2**26, so a numerator, and a
@@ -17,10 +22,12 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_sdk import grid
 from edge_sdk.blocks import Block, TensorSpec
 from edge_sdk.codec import (
     GRID_EXPONENT,
@@ -29,6 +36,7 @@ from edge_sdk.codec import (
     chunks,
     decode_change,
     flat_array,
+    quantises,
 )
 from edge_sdk.errors import ProtocolMisuse, StateError, WrongUpdate
 from edge_sdk.frames import Array, Buffer
@@ -36,6 +44,8 @@ from edge_sdk.frames import Array, Buffer
 MAX_SAMPLES = (1 << 26) - 1
 _HEADER = struct.Struct("<qq")
 _STORED = np.dtype("<i8")
+# What makes elements of the next version of their base, their numerators and the samples.
+_Mean = Callable[[Array, NDArray[np.int64], int], Array]
 
 
 class BlockSum:
@@ -74,9 +84,11 @@ class BlockSum:
         Works part by part: beside the payload's own content nothing of its size is made.
         """
         samples = self._samples_with(weight)
+        scratch = np.empty(0, np.int64)
         for where, q, factor in decode_change(codec, self.block, payload):
-            addend = q.astype(np.int64)
-            addend *= factor * weight
+            scratch = scratch if q.size <= scratch.size else np.empty(q.size, np.int64)
+            addend = scratch[: q.size]
+            np.multiply(q, np.int64(factor * weight), out=addend, dtype=np.int64)
             self._numerators[where] += addend
         self.samples = samples
         self.devices += 1
@@ -122,14 +134,19 @@ class BlockSum:
             )
         return cls(block, numerators, samples, devices)
 
-    def publish(self, base: Tensors) -> dict[str, Array]:
-        """The next version of the block; ``base``'s own arrays where nobody trained it."""
+    def publish(self, base: Tensors, codec: str = "lossless") -> dict[str, Array]:
+        """The next version of the block; ``base``'s own arrays where nobody trained it.
+
+        codec: of the changes that were added; with those that quantise, in whole steps.
+        """
         if self.samples == 0:
             return {spec.name: base[spec.name] for spec in self.block.tensors}
         new = {}
         for spec, part in _parts(self.block):
             old, numerators = flat_array(self.block, spec, base), self._numerators[part]
-            mean = _float_mean if spec.is_float else _integer_mean
+            mean: _Mean = _float_mean if spec.is_float else _integer_mean
+            if quantises(codec, spec) and spec.dtype != "float16":
+                mean = _stepped_mean(numerators, self.samples)
             published = np.empty_like(old)
             for piece in chunks(spec.elements):
                 published[piece] = mean(old[piece], numerators[piece], self.samples)
@@ -165,6 +182,21 @@ def _float_mean(old: Array, numerators: NDArray[np.int64], samples: int) -> Arra
         return mean
     largest = float(np.finfo(old.dtype).max)
     return np.clip(mean, -largest, largest)
+
+
+def _stepped_mean(numerators: NDArray[np.int64], samples: int) -> _Mean:
+    """What publishes a tensor in whole steps of its mean change; exactly, where none fits."""
+    means = (numerators[part] * (math.ldexp(1.0, GRID_EXPONENT) / samples)
+             for part in chunks(numerators.size))  # fmt: skip
+    code = grid.step_code(sum(float(np.dot(mean, mean)) for mean in means), numerators.size)
+    if code is None:
+        return _float_mean
+    steps = math.ldexp(1.0, GRID_EXPONENT) / grid.step_of(code)
+
+    def mean(old: Array, numerators: NDArray[np.int64], samples: int) -> Array:
+        return grid.moved(old, np.rint(numerators * steps / samples), code)
+
+    return mean
 
 
 def _integer_mean(old: Array, numerators: NDArray[np.int64], samples: int) -> Array:

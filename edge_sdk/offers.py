@@ -28,7 +28,8 @@ def plan_for(offer: Offer, table: CostTable, limits: Limits, num_examples: int) 
 def check_blocks(offer: Offer, spec: ModelSpec) -> None:
     """TaskError or MalformedMessage unless an offer's blocks are those of the device's model.
 
-    A block never travels in more bytes than it has, so the offer's sizes need not be believed.
+    A block, or its difference to another version, never travels in more bytes than it has, so the
+    offer's sizes need not be believed.
     """
     if tuple(entry.name for entry in offer.blocks) != spec.names:
         raise TaskError("the offer's blocks are not those of this device's task file")
@@ -39,3 +40,10 @@ def check_blocks(offer: Offer, spec: ModelSpec) -> None:
                 f"{block.size_bytes} in this device's task file"
             )
         piece_count(entry.size_bytes, offer.piece_bytes)
+    for delta in offer.deltas:
+        limit = offer.blocks[delta.block].size_bytes if delta.block < len(offer.blocks) else 0
+        if delta.size_bytes > limit:
+            raise TaskError(
+                f"the offer gives a difference to block number {delta.block} {delta.size_bytes} "
+                f"bytes, the limit is the block's own {limit}"
+            )

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -193,7 +194,9 @@ class BlockCache:
     """Blocks a device holds, as ``<sha256>.block`` files in the form they travelled in.
 
     A file's name is the hash of the decoded tensors, so only who decodes it can tell that it is
-    damaged; that reader calls ``drop`` and the block is fetched again.
+    damaged; that reader calls ``drop`` and the block is fetched again. A block may also be here as
+    ``<sha256>.<base>.delta``, its difference to another one that is here; ``base`` is the start of
+    that one's hash. Its first reader makes a block of the two and puts that.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -208,16 +211,42 @@ class BlockCache:
         return self._directory / f"{check_sha256(sha256)}.block"
 
     def has(self, sha256: str) -> bool:
-        """Whether the block is here."""
-        return self.path(sha256).is_file()
+        """Whether the block is here, or its difference and what that is to."""
+        return self.path(sha256).is_file() or self.delta(sha256) is not None
+
+    def delta(self, sha256: str) -> tuple[Path, str] | None:
+        """Of a block that is here as a difference, that file and the hash of its base."""
+        if self.path(sha256).is_file():
+            return None
+        for path in sorted(self._directory.glob(f"{sha256}.*.delta")):
+            base = self.starting_with(path.name.split(".")[1])
+            if base:
+                return path, base
+        return None
+
+    def delta_path(self, sha256: str, base: bytes) -> Path:
+        """Where the difference of a block to another one is, or would be."""
+        return self._directory / f"{check_sha256(sha256)}.{base.hex()}.delta"
+
+    def starting_with(self, digits: str) -> str:
+        """The hash that starts so of a whole block that is here; empty: there is none."""
+        return next((path.stem for path in self._directory.glob(f"{digits}*.block")), "")
 
     def stem(self, sha256: str) -> Path:
         """Name, without an ending, of the files of a block that is being fetched."""
         return self._directory / check_sha256(sha256)
 
     def put(self, sha256: str, payload: Data) -> Path:
-        """Store a block; not durably, for the server still has it and flash wears out."""
+        """Store a block; not durably, for the server still has it and flash wears out.
+
+        If it was here as a difference, that and its base have done their work.
+        """
+        delta = self.delta(sha256)
         write_atomically(self.path(sha256), payload, durable=False)
+        if delta is not None:
+            with disk_errors("delete", delta[0]):
+                delta[0].unlink(missing_ok=True)
+                self.path(delta[1]).unlink(missing_ok=True)
         return self.path(sha256)
 
     def read(self, sha256: str) -> bytes:
@@ -229,21 +258,27 @@ class BlockCache:
             return path.read_bytes()
 
     def drop(self, sha256: str) -> None:
-        """Forget a block: its file did not have its hash."""
+        """Forget a block: what is here of it did not have its hash."""
         with disk_errors("delete", self.path(sha256)):
-            self.path(sha256).unlink(missing_ok=True)
+            for path in (self.path(sha256), *self._directory.glob(f"{sha256}.*.delta")):
+                path.unlink(missing_ok=True)
 
     def evict(self, keep: Collection[str], limit_bytes: int = 0) -> int:
         """Delete blocks outside ``keep``, oldest first, until at most ``limit_bytes`` are used.
 
-        Returns the bytes freed. Blocks in ``keep`` stay even above the limit.
+        Returns the bytes freed. Blocks in ``keep`` stay even above the limit, as does what a
+        difference in it needs.
         """
+        stems = set(keep)
+        for path, base in filter(None, map(self.delta, keep)):
+            stems |= {path.stem, base}
         with disk_errors("evict from", self._directory):
-            files = [(path, path.stat()) for path in self._directory.glob("*.block")]
+            paths = chain(self._directory.glob("*.block"), self._directory.glob("*.delta"))
+            files = [(path, path.stat()) for path in paths]
             used_bytes = sum(stat.st_size for _, stat in files)
             freed_bytes = 0
             for path, stat in sorted(files, key=lambda item: (item[1].st_mtime_ns, item[0])):
-                if path.stem not in keep and used_bytes - freed_bytes > limit_bytes:
+                if path.stem not in stems and used_bytes - freed_bytes > limit_bytes:
                     path.unlink(missing_ok=True)
                     freed_bytes += stat.st_size
         return freed_bytes

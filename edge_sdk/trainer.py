@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edge_sdk.blocks import Block
 from edge_sdk.cost import CostTable
 from edge_sdk.errors import ConfigError, DamagedBlock, EdgeError, ProtocolMisuse, TaskError
 from edge_sdk.memory import MALLOC, THREAD_LIMITS
 from edge_sdk.plan import Plan
-from edge_sdk.store import BlockCache, Spool
+from edge_sdk.store import BlockCache, Spool, disk_errors
 from edge_sdk.ways import FILL_BATCH
 from edge_sdk.wire import Offer, UpdateMetrics
 
@@ -470,20 +471,12 @@ class _Local:
 
     def base(self, block: str) -> dict[str, np.ndarray[Any, Any]]:
         """A block as the offer's version has it, from the cache."""
-        from edge_sdk.codec import block_hash, decode_block
-
-        entry = self._entries[block]
-        spec = self._worker.model.spec.block(block)
+        sha256 = self._entries[block].sha256
         try:
-            arrays = decode_block(spec, self._worker.cache.read(entry.sha256))
-            if block_hash(spec, arrays) != entry.sha256:
-                raise DamagedBlock(
-                    f"block {block!r}: content does not have its hash {entry.sha256}"
-                )
+            return _cached(self._worker.cache, self._worker.model.spec.block(block), sha256)
         except EdgeError as error:
-            self._worker.cache.drop(entry.sha256)
+            self._worker.cache.drop(sha256)
             raise DamagedBlock(f"cached block {block!r}: {error}; it is fetched again") from error
-        return arrays
 
     def read(self, block: str) -> dict[str, np.ndarray[Any, Any]]:
         """A block as it is now."""
@@ -521,6 +514,24 @@ class _Local:
                 loaded.pop(name, None)
                 model.write(name, self.base(name))
                 loaded[name] = sha256
+
+
+def _cached(cache: BlockCache, spec: Block, sha256: str) -> dict[str, np.ndarray[Any, Any]]:
+    """A block from the cache; if it was there as a difference, it is there whole afterwards."""
+    from edge_sdk.codec import block_hash, decode_block, decode_block_delta, encode_block
+
+    delta = cache.delta(sha256)
+    if delta is None:
+        arrays = decode_block(spec, cache.read(sha256))
+    else:
+        with disk_errors("read", delta[0]):
+            payload = delta[0].read_bytes()
+        arrays = decode_block_delta(spec, decode_block(spec, cache.read(delta[1])), payload)
+    if block_hash(spec, arrays) != sha256:
+        raise DamagedBlock(f"block {spec.name!r}: content does not have its hash {sha256}")
+    if delta is not None:
+        cache.put(sha256, encode_block(spec, arrays))
+    return arrays
 
 
 def main() -> int:

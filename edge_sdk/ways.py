@@ -33,8 +33,9 @@ FILL_BATCH = 16
 ENGINE_BYTES = 40 * MIB
 # Picking samples and the loop around a step cost as much as so many operators.
 LOOP_OPERATORS = 12
-# Finding where a model can be cut takes some runs over so many samples, and this many operators.
-CUT_RUNS, CUT_OPERATORS = 4, 2000
+# Finding where a model can be cut, once, takes some runs over so many samples, and as much as this
+# many operators.
+CUT_RUNS, CUT_OPERATORS = 4, 20_000
 # Kept output: looked up once a batch; each sample is once stored, twice as dearly on disk, and
 # read from there.
 LOOK_UP_OPERATORS, READ_OPERATORS, WRITE_OPERATORS = 3, 0.7, 15
@@ -403,7 +404,7 @@ class Costing:
         filled = self._limits.filled_prefix == prefix.blocks
         read_s, write_s = self._keeping_s(prefix, cut)
         return (
-            read_s * epochs + self._ready_s("torch", cut),
+            read_s * epochs,
             0.0 if filled else run_s + write_s + self._ready_s(prefix.engine, cut),
             self._weights if filled else filling,
             self._kept_bytes(prefix, cut) if prefix.cache == "memory" else 0,

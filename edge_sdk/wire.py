@@ -21,6 +21,8 @@ Blocks of a version lie retained under ``m/<slot>/<block>/<piece>``, where the b
 messages well, so that the server sends each block once whatever the number of devices. A block has
 two slots: a new version goes into the one that the version before it does not use, and offers name
 it only after it is there. What a device still lacks after that it asks for like everything else.
+An offer may also name differences: the content with that hash, over the version of the block that
+it names, is the block. Who does not hold that version, or knows no differences, fetches the block.
 """
 
 from __future__ import annotations
@@ -83,6 +85,18 @@ class BlockEntry(msgspec.Struct, frozen=True, kw_only=True):
     raw_bytes: Annotated[int, Meta(ge=0, le=MAX_TRANSFER_BYTES)]
 
 
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """A block as the difference to another version of it, for who holds that one.
+
+    block: its number in the offer. base: the first bytes of the other version's hash.
+    """
+
+    block: Annotated[int, Meta(ge=0, le=MAX_BLOCKS - 1)]
+    base: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_TRANSFER_BYTES)]
+
+
 class Training(msgspec.Struct, frozen=True, kw_only=True):
     """How a device trains: the same for everyone in a round, whatever blocks it trains."""
 
@@ -137,6 +151,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[
         tuple[Annotated[int, Meta(ge=-1, le=1)], ...], Meta(max_length=MAX_BLOCKS)
     ] = ()
+    deltas: Annotated[tuple[Delta, ...], Meta(max_length=MAX_BLOCKS)] = ()
 
 
 class Decline(msgspec.Struct, frozen=True, kw_only=True):

@@ -312,10 +312,7 @@ class Coordinator:
                 self._offer([device])
 
     def _want(self, device: str, want: Want, _now_s: float) -> None:
-        entry = next((e for e in self._manifest.blocks if e.sha256 == want.sha256), None)
-        if entry is None:
-            raise MalformedMessage(f"{device} wants {want.sha256}, no block of the latest version")
-        if not self._down.serve(device, entry, want):
+        if not self._down.serve(device, want):
             self._offer([device])  # the broker takes less than when it was offered
 
     def _open(self, device: str, message: Open, now_s: float) -> None:
@@ -460,8 +457,9 @@ class Coordinator:
         offered.update(new)
         for device in devices:
             self._fleet.offered(device, row.round)
-            self._down.say(
+            self._down.offer(
                 device,
+                len(offered),
                 Offer(
                     round=row.round,
                     ticket=self._tickets.issue(self._settings.job, row.round, device, row.base_sha),
@@ -497,9 +495,9 @@ class Coordinator:
         self._ingest.terms = None
         self._ingest.forget()
         job, base = self._settings.job, self._manifest
-        half = self._strategy.server_round
+        half, codec = self._strategy.server_round, self._settings.codec
         manifest, coverage = merge_round(
-            row, base, half, self._evaluator.spec, self._ledger, self._versions
+            row, base, half, codec, self._evaluator.spec, self._ledger, self._versions
         )
         self._ledger.publish(
             job, row.round, version=manifest.version, sha=manifest.model_sha256, parent=row.base_sha

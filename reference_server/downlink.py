@@ -2,28 +2,37 @@
 
 Control messages have one connection, the pieces of updates another, so that nobody waits behind
 somebody else's upload. Blocks go into the broker's slots where it retains well, and piece by piece
-to whoever asks. The head is said last, when everything it stands for is there.
+to whoever asks; the differences to what devices hold go only to whoever asks, so they are offered
+where that is little beside what the slots save. The head is said last, when everything it stands
+for is there.
 """
 
 from __future__ import annotations
 
 import queue
 import random
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from edge_sdk.brokers import BrokerProfile
+from edge_sdk.errors import MalformedMessage
 from edge_sdk.feed import Feed
 from edge_sdk.link import Arrived, LinkEvent, TakenOver
 from edge_sdk.mqtt import Link
 from edge_sdk.pieces import piece_range
+from edge_sdk.store import read_piece
 from edge_sdk.wire import (
     DEFAULT_PIECE_BYTES,
+    MAX_CONTROL_BYTES,
     MAX_PIECE_BYTES,
-    BlockEntry,
+    Delta,
     Head,
     Message,
+    Offer,
     Topics,
     Want,
     decode,
@@ -37,6 +46,8 @@ from reference_server.versions import Manifest, VersionStore
 MAX_PIECES_PER_WANT = 64
 # Pieces that were asked for before the server died are not asked for again if the broker kept them.
 DATA_SESSION_S = 3600
+# Of a block that lies in a slot, so many times its size may be asked for as differences.
+MAX_DELTAS_OVER_BLOCK = 8
 
 
 class Downlink:
@@ -70,6 +81,7 @@ class Downlink:
         layout = state_dir / "layout.json"
         self._broadcast = Broadcast(layout, self._link, self.topics, versions, broker)
         self._manifest: Manifest | None = None
+        self._deltas: Mapping[Path, Delta] = {}
         self._up = self._head_due = False
 
     def start(self) -> None:
@@ -120,9 +132,18 @@ class Downlink:
         """Tell one device something."""
         self._link.publish(self.topics.down(device), encode(message))
 
+    def offer(self, device: str, devices: int, offer: Offer) -> None:
+        """Offer a round to one device of so many, with the differences that it may use."""
+        full = msgspec.structs.replace(offer, deltas=self._worth_it(devices))
+        payload = encode(full)
+        if len(payload) > MAX_CONTROL_BYTES:
+            payload = encode(offer)
+        self._link.publish(self.topics.down(device), payload)
+
     def place(self, manifest: Manifest) -> None:
         """Make this the current version: its blocks into the broker, then the head."""
         self._manifest = manifest
+        self._deltas = self._versions.deltas(manifest.blocks)
         self._broadcast.place(manifest.blocks, self.piece_bytes)
         self._head_due = True
         self.tend()
@@ -157,16 +178,20 @@ class Downlink:
             return False
         return True
 
-    def serve(self, device: str, entry: BlockEntry, want: Want) -> bool:
-        """Send a device these pieces of a block; False: they are larger than the broker takes."""
+    def serve(self, device: str, want: Want) -> bool:
+        """Send a device these pieces of a block or difference of the current version.
+
+        False: they are larger than the broker takes. MalformedMessage: there is no such content.
+        """
+        path, size_bytes = self._content(want.sha256)
         if want.piece_bytes > self._link.piece_bytes(want.piece_bytes):
             return False
-        total = -(-entry.size_bytes // want.piece_bytes)
+        total = -(-size_bytes // want.piece_bytes)
         wanted = (index for first, stop in want.ranges for index in range(first, min(stop, total)))
 
         def make(index: int) -> tuple[str, bytes]:
-            start, stop = piece_range(index, entry.size_bytes, want.piece_bytes)
-            data = self._versions.read_piece(want.sha256, start, stop - start)
+            start, stop = piece_range(index, size_bytes, want.piece_bytes)
+            data = read_piece(path, start, stop - start)
             return self.topics.down(device), encode_piece(want.sha256, index, total, data)
 
         content = f"{want.sha256}/{want.piece_bytes}"
@@ -190,6 +215,27 @@ class Downlink:
         """The job is over: nothing of it stays in the broker but the word that it is."""
         self._broadcast.clear()
         self._say_head("done")
+
+    def _worth_it(self, devices: int) -> tuple[Delta, ...]:
+        """The differences that cost little although each device asks for its own."""
+        if self._manifest is None:
+            return ()
+        blocks, slots = self._manifest.blocks, self.slots()
+        return tuple(
+            delta
+            for delta in self._deltas.values()
+            if slots[delta.block] < 0
+            or devices * delta.size_bytes <= MAX_DELTAS_OVER_BLOCK * blocks[delta.block].size_bytes
+        )
+
+    def _content(self, sha256: str) -> tuple[Path, int]:
+        for entry in self._manifest.blocks if self._manifest is not None else ():
+            if entry.sha256 == sha256:
+                return self._versions.wire_path(sha256), entry.size_bytes
+        for path, delta in self._deltas.items():
+            if delta.sha256 == sha256:
+                return path, delta.size_bytes
+        raise MalformedMessage(f"{sha256} is wanted, which is nothing of the latest version")
 
     def _say_head(self, state: Literal["running", "done"]) -> None:
         assert self._manifest is not None

@@ -56,21 +56,25 @@ def merge_round(
     row: RoundRow,
     base: Manifest,
     server_round: Callable[..., ServerRound],
+    codec: str,
     spec: ModelSpec,
     ledger: Ledger,
     versions: VersionStore,
 ) -> tuple[Manifest, Coverage]:
     """Write the version a closed round becomes; its manifest, and who trained each block.
 
-    What nobody trained keeps its entry, and so its bytes.
+    What nobody trained keeps its entry, and so its bytes; what changed is also there as the
+    difference to what it was. ``codec`` is the job's.
     """
     sums = _RoundSums(spec, ledger, base.job, row.round)
     entries = {entry.name: entry for entry in base.blocks}
-    half = server_round(spec, spec.names, "", sums)
+    half = server_round(spec, spec.names, codec, sums)
     for name, arrays in half.close(
         lambda block: versions.load_block(spec.block(block), base.block(block).sha256)
     ):
-        entries[name] = versions.put_block(spec.block(name), arrays)
+        old, block = base.block(name), spec.block(name)
+        entries[name] = versions.put_block(block, arrays)
+        versions.put_delta(block, old, entries[name], arrays)
     manifest = Manifest(
         job=base.job,
         version=base.version + 1,

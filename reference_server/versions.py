@@ -2,7 +2,9 @@
 
 A block is kept twice under its hash: as ``.safetensors``, which anything can open, and as
 ``.wire``, the very bytes devices fetch in pieces. A block that a version did not change is the
-same file. Manifests are written last, so what a manifest names is on the disk before it.
+same file. Beside one that it did change there may be a ``.delta``, named by both hashes: the
+difference to the block it replaced, for devices that hold that one. Manifests are written last, so
+what a manifest names is on the disk before it.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from edge_sdk.store import (
     sweep_temporary,
     write_atomically,
 )
-from edge_sdk.wire import MAX_PIECE_BYTES, BlockEntry, DeviceId, Round
+from edge_sdk.wire import MAX_PIECE_BYTES, BlockEntry, Delta, DeviceId, Round
 
 MAX_MANIFEST_BYTES = 1 << 20
+# A difference larger than this share of its block is not worth a second file.
+MAX_DELTA_SHARE = 0.75
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
 
@@ -88,6 +92,31 @@ class VersionStore:
             size_bytes=self._size_bytes(self.wire_path(sha256)),
             raw_bytes=block.size_bytes,
         )
+
+    def put_delta(self, block: Block, old: BlockEntry, new: BlockEntry, tensors: Tensors) -> None:
+        """Store the difference of a block's weights to a version it replaces, where it is small."""
+        payload = codec.encode_block_delta(block, self.load_block(block, old.sha256), tensors)
+        if len(payload) <= MAX_DELTA_SHARE * new.size_bytes:
+            base = bytes.fromhex(old.sha256)[:8]
+            write_atomically(self._delta_path(new.sha256, base), payload)
+
+    def deltas(self, entries: Sequence[BlockEntry]) -> dict[Path, Delta]:
+        """The differences that lead to these blocks, one for each at most, with their files."""
+        numbers = {entry.sha256: number for number, entry in enumerate(entries)}
+        found = {}
+        for path in sorted(self._blocks.glob("*.delta")):
+            sha256, base, _ = path.name.split(".")
+            number = numbers.pop(sha256, None)
+            if number is not None:
+                with disk_errors("read", path):
+                    payload = path.read_bytes()
+                found[path] = Delta(
+                    block=number,
+                    base=bytes.fromhex(base),
+                    sha256=hashlib.sha256(payload).hexdigest(),
+                    size_bytes=len(payload),
+                )
+        return found
 
     def load_block(self, block: Block, sha256: str) -> dict[str, np.ndarray[Any, Any]]:
         """A block's tensors by name; DamagedBlock unless they are all there and have the hash."""
@@ -172,7 +201,7 @@ class VersionStore:
         """
         needed = {entry.sha256 for v in keep for entry in self.load_manifest(v).blocks}
         doomed = [self._manifest_path(v) for v in self.versions() if v not in keep]
-        doomed += [path for path in sorted(self._blocks.iterdir()) if path.stem not in needed]
+        doomed += [path for path in sorted(self._blocks.iterdir()) if path.name[:64] not in needed]
         with disk_errors("prune", self._blocks):
             for path in doomed:
                 path.unlink(missing_ok=True)
@@ -180,6 +209,9 @@ class VersionStore:
 
     def _manifest_path(self, version: int) -> Path:
         return self._versions / f"{version:d}.json"
+
+    def _delta_path(self, sha256: str, base: bytes) -> Path:
+        return self._blocks / f"{_checked(sha256)}.{base.hex()}.delta"
 
     def _intact(self, block: Block, sha256: str) -> bool:
         if not (self.block_path(sha256).is_file() and self.wire_path(sha256).is_file()):

@@ -224,7 +224,7 @@ class PlainDevice:
     def _offered(self, offer: Offer) -> None:
         self.hello.answered()
         self.version = offer.version
-        self.fetch.begin(offer.blocks, offer.slots, offer.piece_bytes)
+        self.fetch.begin(offer)
 
     def _greet(self) -> None:
         if not self.fetches:

@@ -6,13 +6,14 @@ The tests share one device and are independent of each other: each offers it the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from edge_sdk.blocks import Block
 from edge_sdk.codec import block_hash, encode_block
 from edge_sdk.model import BlockModel
 from edge_sdk.outbox import MAX_PIECES_PER_WANT
@@ -60,11 +61,14 @@ class FakeServer:
         self.training = load_task(task).training
 
     def _entry(self, model: BlockModel, name: str) -> BlockEntry:
-        block, arrays = model.spec.block(name), model.read(name)
+        return self.add(model.spec.block(name), model.read(name))
+
+    def add(self, block: Block, arrays: Mapping[str, Any]) -> BlockEntry:
+        """Have a block to serve, whole."""
         sha256, content = block_hash(block, arrays), encode_block(block, arrays)
         self.contents[sha256] = content
         return BlockEntry(
-            name=name, sha256=sha256, size_bytes=len(content), raw_bytes=block.size_bytes
+            name=block.name, sha256=sha256, size_bytes=len(content), raw_bytes=block.size_bytes
         )
 
     def say(self, *payloads: Message | bytes) -> None:

@@ -36,10 +36,11 @@ ROOMS = {
     "edge_sdk/figures.py": Room(1),
     "edge_sdk/profile.py": Room(1, beside=_files("figures")),
     "edge_sdk/wire.py": Room(1, beside=_files("blocks")),
-    "edge_sdk/codec.py": Room(2, beside=_files("cost", "frames", "quantise")),
+    "edge_sdk/codec.py": Room(2, beside=_files("cost", "frames", "grid", "quantise")),
     "edge_sdk/cost.py": Room(2),
     "edge_sdk/step.py": Room(2, beside=_files("cost")),
     "edge_sdk/frames.py": Room(2),
+    "edge_sdk/grid.py": Room(2, beside=_files("frames", "quantise")),
     "edge_sdk/pieces.py": Room(2),
     "edge_sdk/quantise.py": Room(2),
     "edge_sdk/merge.py": Room(3),
@@ -155,7 +156,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "msgpack": ("edge_sdk/wire.py",),
     "msgspec": tuple(ROOMS),
     "numpy": (
-        *_files("calibrate", "cli", "codec", "frames", "infer", "measure", "merge", "model"),
+        *_files(
+            "calibrate", "cli", "codec", "frames", "grid", "infer", "measure", "merge", "model"
+        ),
         *_files("prefix", "prefix_cache", "prefix_export", "quantise", "train", "trainer"),
         "reference_server/evaluate.py",
         "reference_server/export.py",

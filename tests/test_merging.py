@@ -78,7 +78,7 @@ class Round:
         assert count_one(ledger, upload, fold).verdict == "accepted"
 
     def merge(self) -> tuple[Manifest, Coverage]:
-        return merge_round(self.row, self.base, FULL, SPEC, self.ledger, self.versions)
+        return merge_round(self.row, self.base, FULL, "lossless", SPEC, self.ledger, self.versions)
 
     def merged(self, manifest: Manifest, name: str) -> NDArray[np.float32]:
         return self.versions.load_block(SPEC.block(name), manifest.block(name).sha256)[f"{name}.w"]
@@ -159,4 +159,6 @@ def test_a_strategy_cannot_add_to_a_closed_round(opened: Round) -> None:
 
     opened.row = opened.ledger.close_round(JOB, 1)
     with pytest.raises(ProtocolMisuse, match="round 1 is closed, 'head' was to be added to"):
-        merge_round(opened.row, opened.base, Adding, SPEC, opened.ledger, opened.versions)
+        merge_round(
+            opened.row, opened.base, Adding, "lossless", SPEC, opened.ledger, opened.versions
+        )

@@ -122,4 +122,4 @@ class ServerRound:
         for name in self._spec.names:
             total = self._sums.load(name)
             if total.samples:
-                yield name, total.publish(base(name))
+                yield name, total.publish(base(name), self._codec)

@@ -26,7 +26,7 @@ from tests.benchmarks.bench import Row
 from tests.benchmarks.bench import run as run_benchmark
 from tests.benchmarks.federated import CASES, FINAL_ROUNDS, Case, Run, federated
 
-SEEDS, QUICK_SEEDS, QUICK_ROUNDS = 5, 1, 4
+SEEDS, QUICK_SEEDS, QUICK_ROUNDS = 5, 1, 2
 WORKERS = 2
 
 

@@ -135,7 +135,7 @@ def federated(
             run.float32_bytes += message_bytes - sum(map(len, payloads))
             run.float32_bytes += sum(spec.block(name).size_bytes for name in blocks)
         for name, total in sums.items():
-            base[name] = total.publish(base[name])
+            base[name] = total.publish(base[name], codec)
         for name in spec.names:
             model.write(name, base[name])
         run.accuracy.append(_accuracy(case, model))
