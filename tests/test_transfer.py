@@ -108,6 +108,35 @@ def test_an_upload_goes_on_after_a_kill(
     assert pieces_sent(tmp_path) <= least + (5 if spared else least)
 
 
+def test_undisturbed_every_piece_is_sent_once(open_broker: OpenBroker, tmp_path: Path) -> None:
+    spec = model(2, UPDATE_BYTES)
+    entry, body = spooled(tmp_path, spec), body_of(tmp_path)
+    with (
+        serving(open_broker, tmp_path, spec) as server,
+        Relay(open_broker.port, delay_s=0.05) as relay,
+        connected(relay.url, tmp_path) as device,
+    ):
+        assert device.run(lambda: device.receipts, DONE_S)
+        assert device.outbox.handed_pieces == -(-entry.size_bytes // 61440)
+        counted_once(server, spec, body)
+
+
+def test_an_offer_said_again_does_not_disturb_a_fetch(
+    mosquitto: OpenBroker, tmp_path: Path
+) -> None:
+    spec = model(1, UPDATE_BYTES)
+    with (
+        serving(mosquitto, tmp_path, spec) as server,
+        Relay(mosquitto.port, rate_bytes_per_s=SLOW_BYTES_PER_S) as relay,
+        connected(relay.url, tmp_path, fetches=True) as device,
+    ):
+        size_bytes = sum(entry.size_bytes for entry in server.manifest.blocks)
+        assert device.run(lambda: device.link.received_bytes > size_bytes // 2, DONE_S)
+        server.ask(lambda: server.down.say("dev", server.offer("dev")))
+        assert device.run(device.has_blocks, DONE_S)
+        assert device.link.received_bytes < size_bytes + 5000
+
+
 # -- limits of brokers --------------------------------------------------------------------------
 
 
