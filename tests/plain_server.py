@@ -32,7 +32,7 @@ from edge_sdk.link import Arrived, LinkDown, LinkUp
 from edge_sdk.strategies import strategy_named
 from edge_sdk.wire import Hello, Offer, Open, Piece, Receipt, Training, Want, decode
 from reference_server.counting import Counted, Counting, CountingFailed, RoundTerms
-from reference_server.downlink import Downlink
+from reference_server.downlink import Downlink, Inbox
 from reference_server.ingest import Ingest
 from reference_server.ledger import Ledger
 from reference_server.trust import Tickets
@@ -49,7 +49,7 @@ class PlainServer:
     """All calls come from the thread that runs it, but ``ask`` and ``stop``."""
 
     def __init__(self, url: str, state: Path, spec: ModelSpec, broker: BrokerProfile) -> None:
-        self.spec, self.inbox, rng = spec, queue.SimpleQueue[Any](), random.Random()
+        self.spec, self.inbox, rng = spec, Inbox(), random.Random()
         self.versions = VersionStore(state)
         self.manifest = self._first_version()
         self.ledger = Ledger.open(state)
