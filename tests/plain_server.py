@@ -27,7 +27,7 @@ from typing import Any
 
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.brokers import BROKERS, BrokerProfile, broker_profile
-from edge_sdk.errors import MalformedMessage, PeerError
+from edge_sdk.errors import PeerError
 from edge_sdk.link import Arrived, LinkDown, LinkUp
 from edge_sdk.strategies import strategy_named
 from edge_sdk.wire import Hello, Offer, Open, Piece, Receipt, Training, Want, decode
@@ -217,10 +217,7 @@ class PlainServer:
         self.down.tend()
 
     def _serve(self, device: str, want: Want) -> None:
-        entry = next((e for e in self.manifest.blocks if e.sha256 == want.sha256), None)
-        if entry is None:
-            raise MalformedMessage(f"{device} wants {want.sha256}, no block of this version")
-        if not self.down.serve(device, entry, want):
+        if not self.down.serve(device, want):
             self.down.say(device, self.offer(device))
 
     def _say(self, device: str, answer: Receipt | Want | None) -> None:
