@@ -339,7 +339,8 @@ class Coordinator:
     def _keep_time(self) -> None:
         """Note now and then how much time the open round has left, for the case of a restart."""
         row, now_s = self._row, time.monotonic()
-        if row is not None and row.phase is Phase.OPEN and now_s >= self._time_kept_s + KEEP_TIME_S:
+        every_s = KEEP_TIME_S * (10 if self._counting.busy else 1)
+        if row is not None and row.phase is Phase.OPEN and now_s >= self._time_kept_s + every_s:
             self._time_kept_s = now_s
             left_s = self._opened_at_s + self._settings.policy.given_s(row.extensions) - now_s
             self._ledger.keep_time(self._settings.job, row.round, left_s)

@@ -127,6 +127,8 @@ class Counting:
     ) -> None:
         self._job, self._spec, self._strategy, self._ledger = job, spec, strategy, ledger
         self._done = done
+        # Whether a transaction may be open, for which any other writer would have to wait.
+        self.busy = False
         self._arrivals: queue.SimpleQueue[Arrival | _Order] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="counting", daemon=True)
         self._thread.start()
@@ -149,7 +151,9 @@ class Counting:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             while batch := self._next_batch():
+                self.busy = True
                 self._count(batch)
+                self.busy = False
         except Exception as error:
             self._done(CountingFailed(error))
 
