@@ -130,11 +130,12 @@ def _lstm(
                 x, *share, states[0][number], states[1][number], number % directions > 0, [],
                 _LSTM_MODE, hidden, layers, has_biases, bidirectional, False, training,
             )  # fmt: skip
+            # Without a backward it is the same memory, given back at once.
+            size_bytes = WORKSPACE_OUTPUTS * output.numel() * output.element_size()
+            workspace = output.new_empty(size_bytes, dtype=torch.uint8)
             if training:
-                size_bytes = WORKSPACE_OUTPUTS * output.numel() * output.element_size()
-                output = _Kept.apply(  # type: ignore[no-untyped-call]
-                    output, output.new_empty(size_bytes, dtype=torch.uint8)
-                )
+                output = _Kept.apply(output, workspace)  # type: ignore[no-untyped-call]
+            del workspace
             outputs.append(output)
             ends.append(end)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)

@@ -48,7 +48,7 @@ MAGIC = b"ed"
 # 60 KiB of data, its header and the topic stay under 64 KiB, which every broker known accepts.
 DEFAULT_PIECE_BYTES = 60 * 1024
 # Where a broker says that it takes more; larger ones gain nothing and make everybody wait.
-MAX_PIECE_BYTES = 128 * 1024
+MAX_PIECE_BYTES = 256 * 1024
 MAX_CONTROL_BYTES = 120_000
 MAX_UPDATE_HEADER_BYTES = 64 * 1024
 MAX_TRANSFER_BYTES = 1 << 34

@@ -79,7 +79,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--round-s",
             type=click.FloatRange(1.0, 1e6),
-            help="Time a device may plan for a round, in its own seconds.  [demo: 5, else 60]",
+            help="Time a device may plan for a round, in its own seconds.  [demo: 4, else 60]",
         ),
         click.option(
             "--deadline-s",

@@ -40,7 +40,7 @@ from edge_sdk.wire import (
 )
 from reference_server import fleet as fleets
 from reference_server.counting import Counted, Counting, CountingFailed, RoundTerms
-from reference_server.downlink import Downlink
+from reference_server.downlink import Downlink, Inbox
 from reference_server.evaluate import Evaluator
 from reference_server.ingest import Ingest
 from reference_server.ledger import Answers, Ledger, RoundRow
@@ -96,7 +96,7 @@ class Coordinator:
         self._settings = settings
         self._started_s = time.monotonic()
         self._strategy = strategy_named(settings.strategy)
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._rng = random.Random()
         self._boot = secrets.token_hex(8)
         self._ledger = ledger
@@ -109,7 +109,7 @@ class Coordinator:
         spec = self._evaluator.spec
         self._tickets = tickets
         self._fleet = fleets.Fleet(spec.digest())
-        self._counting = Counting(settings.job, spec, self._strategy, ledger, self._inbox.put)
+        self._counting = Counting(settings.job, spec, self._strategy, ledger, self._inbox.put_later)
         self._ingest = Ingest(
             settings.job,
             spec,

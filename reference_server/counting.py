@@ -24,6 +24,7 @@ from edge_sdk.blocks import ModelSpec
 from edge_sdk.errors import EdgeError, MalformedMessage, PeerError, WrongUpdate
 from edge_sdk.merge import BlockSum
 from edge_sdk.parts import Incoming
+from edge_sdk.store import read_piece
 from edge_sdk.strategies import Strategy
 from edge_sdk.wire import Open, UpdateHeader, decode_update
 from reference_server.ledger import Answer, Ledger, LoadSum, SaveSum, Upload
@@ -85,7 +86,12 @@ class _Update:
 
     arrival: Arrival
     header: UpdateHeader
-    parts: dict[str, memoryview]
+    # Where in the file each block's encoded change lies: (first byte, size).
+    places: dict[str, tuple[int, int]]
+
+    def part(self, block: str) -> memoryview:
+        """The encoded change of a block."""
+        return memoryview(read_piece(self.arrival.incoming.path, *self.places[block]))
 
     def upload(self) -> Upload:
         """What the ledger keeps of it."""
@@ -96,7 +102,7 @@ class _Update:
             digest=self.arrival.message.sha256,
             samples=self.header.num_examples,
             size_bytes=self.arrival.message.size_bytes,
-            metrics={**msgspec.to_builtins(self.header.metrics), "blocks": list(self.parts)},
+            metrics={**msgspec.to_builtins(self.header.metrics), "blocks": list(self.places)},
         )
 
 
@@ -188,14 +194,14 @@ class Counting:
             self._done(Counted(arrival, None))
             return None
         try:
-            header, parts = decode_update(_mapped(arrival.incoming))
+            header, _ = decode_update(_mapped(arrival.incoming))
             message = arrival.message
             if (header.round, header.ticket) != (message.round, message.ticket):
                 raise WrongUpdate(
                     "the update's round or ticket is not the one it was announced with"
                 )
             self._half(arrival.terms, {}).check(header)
-            return _Update(arrival, header, dict(parts))
+            return _Update(arrival, header, _places(header, message.size_bytes))
         except PeerError as error:
             self._reject(arrival, error)
             return None
@@ -219,11 +225,11 @@ class Counting:
         def fold(load: LoadSum, save: SaveSum, numbers: Sequence[int]) -> list[list[str]]:
             # Block by block: the sums of one block are in memory, however many there are.
             for block in self._spec.names:
-                mine = [number for number in numbers if block in updates[number].parts]
+                mine = [number for number in numbers if block in updates[number].places]
                 if mine:
                     total = self._fold_block(block, load(block), updates, mine)
                     save(block, total.to_bytes(), total.samples, total.devices)
-            return [list(updates[number].parts) for number in numbers]
+            return [list(updates[number].places) for number in numbers]
 
         return fold
 
@@ -236,7 +242,7 @@ class Counting:
             update = updates[number]
             half = self._half(update.arrival.terms, sums)
             try:
-                half.receive(update.header, [(block, update.parts[block])])
+                half.receive(update.header, [(block, update.part(block))])
             except PeerError as error:
                 raise _Unusable(number, error) from error
         return sums[block]
@@ -263,6 +269,15 @@ class _SumsInMemory:
 
 
 def _mapped(incoming: Incoming) -> memoryview:
-    """The content without reading it into memory; unmapped when nobody refers to it any more."""
+    """The content, of which only what is looked at is read into memory."""
     with incoming.path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _places(header: UpdateHeader, size_bytes: int) -> dict[str, tuple[int, int]]:
+    """Where the encoded changes lie: one after another, up to the end."""
+    places, start = {}, size_bytes - sum(size for _, size in header.blocks)
+    for name, size in header.blocks:
+        places[name] = (start, size)
+        start += size
+    return places

@@ -32,7 +32,7 @@ LOOK_S = 0.1
 LAST_WORDS_S = 2.0
 MAX_SERVER_RESTARTS = 20
 # Chosen so that these boards' own rates and memory lead to different depths.
-DEMO_ROUND_S = 5.0
+DEMO_ROUND_S = 4.0
 DEMO_DEVICES = (
     "raspberry-pi-zero-2w",
     "raspberry-pi-4b-2gb",

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import queue
 import random
+import threading
+from collections import deque
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -57,7 +59,7 @@ class Downlink:
         self,
         url: str,
         job: str,
-        inbox: queue.SimpleQueue[Any],
+        inbox: Inbox,
         versions: VersionStore,
         state_dir: Path,
         broker: BrokerProfile,
@@ -248,13 +250,42 @@ class Downlink:
         self._link.publish(self.topics.head, encode(head), retain=True)
 
 
+class Inbox:
+    """What happened, in its order, but whatever can wait after what cannot; one thread takes it."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Semaphore(0)
+        self._first: deque[Any] = deque()
+        self._later: deque[Any] = deque()
+
+    def put(self, event: Any, /) -> None:
+        """Something somebody waits for an answer to."""
+        self._first.append(event)
+        self._ready.release()
+
+    def put_later(self, event: Any) -> None:
+        """Something of many that can wait."""
+        self._later.append(event)
+        self._ready.release()
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The next; queue.Empty when there is none in time."""
+        if not self._ready.acquire(timeout=timeout):
+            raise queue.Empty
+        return (self._first or self._later).popleft()
+
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._first and not self._later
+
+
 class _OnlyWhatArrives:
     """The inbox of the connection for pieces: whether it is up is for the other one to tell."""
 
-    def __init__(self, inbox: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
 
     def put(self, event: LinkEvent, /) -> None:
         """Pass on what matters."""
         if isinstance(event, (Arrived, TakenOver)):
-            self._inbox.put(event)
+            self._inbox.put_later(event)

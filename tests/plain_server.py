@@ -27,12 +27,12 @@ from typing import Any
 
 from edge_sdk.blocks import ModelSpec
 from edge_sdk.brokers import BROKERS, BrokerProfile, broker_profile
-from edge_sdk.errors import MalformedMessage, PeerError
+from edge_sdk.errors import PeerError
 from edge_sdk.link import Arrived, LinkDown, LinkUp
 from edge_sdk.strategies import strategy_named
 from edge_sdk.wire import Hello, Offer, Open, Piece, Receipt, Training, Want, decode
 from reference_server.counting import Counted, Counting, CountingFailed, RoundTerms
-from reference_server.downlink import Downlink
+from reference_server.downlink import Downlink, Inbox
 from reference_server.ingest import Ingest
 from reference_server.ledger import Ledger
 from reference_server.trust import Tickets
@@ -49,7 +49,7 @@ class PlainServer:
     """All calls come from the thread that runs it, but ``ask`` and ``stop``."""
 
     def __init__(self, url: str, state: Path, spec: ModelSpec, broker: BrokerProfile) -> None:
-        self.spec, self.inbox, rng = spec, queue.SimpleQueue[Any](), random.Random()
+        self.spec, self.inbox, rng = spec, Inbox(), random.Random()
         self.versions = VersionStore(state)
         self.manifest = self._first_version()
         self.ledger = Ledger.open(state)
@@ -217,10 +217,7 @@ class PlainServer:
         self.down.tend()
 
     def _serve(self, device: str, want: Want) -> None:
-        entry = next((e for e in self.manifest.blocks if e.sha256 == want.sha256), None)
-        if entry is None:
-            raise MalformedMessage(f"{device} wants {want.sha256}, no block of this version")
-        if not self.down.serve(device, entry, want):
+        if not self.down.serve(device, want):
             self.down.say(device, self.offer(device))
 
     def _say(self, device: str, answer: Receipt | Want | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import queue
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from edge_sdk.wire import (
     Want,
     encode,
 )
-from reference_server.downlink import MAX_DELTAS_OVER_BLOCK, Downlink
+from reference_server.downlink import MAX_DELTAS_OVER_BLOCK, Downlink, Inbox
 from reference_server.versions import Manifest, VersionStore
 from tests.brokers import OpenBroker
 from tests.relay import eventually
@@ -142,7 +141,7 @@ def downlink(url: str, home: Path, profile: str) -> Iterator[tuple[Downlink, Wat
     """A server's downlink with a version of one block in place, and what it says to devices."""
     store = VersionStore(home)
     _, new = two_versions(store)
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox = Inbox()
     limits = broker_profile(profile)
     subject = Downlink(url, JOB, inbox, store, home, limits, random.Random(0), "boot")
     with Watcher(url, JOB, "d") as watcher:

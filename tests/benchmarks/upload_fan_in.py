@@ -12,6 +12,7 @@ greets the server every few milliseconds: its answer is the control round trip.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +82,8 @@ class Sender:
     delivered_s: float = 0.0
     answered_s: float = 0.0
     greeted: list[float] = field(default_factory=list)
-    round_trips_s: list[float] = field(default_factory=list)
+    # When an answer came, and how long it took.
+    round_trips: list[tuple[float, float]] = field(default_factory=list)
 
     def say(self, message: Message) -> None:
         """Tell the server something."""
@@ -100,7 +103,8 @@ class Sender:
         """The server said something."""
         message = decode(payload)
         if isinstance(message, Welcome):
-            self.round_trips_s.append(time.monotonic() - self.greeted[message.session - 1])
+            now_s = time.monotonic()
+            self.round_trips.append((now_s, now_s - self.greeted[message.session - 1]))
         elif isinstance(message, Offer):
             self.offer = message
         elif isinstance(message, Want):
@@ -183,40 +187,78 @@ def serving(task: Path, url: str, devices: int, home: Path) -> Iterator[subproce
             process.wait()
 
 
+class OtherDevice:
+    """A device in a process of its own, which once told to greets the server all the time."""
+
+    def __init__(self, port: int, spec: ModelSpec) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        fork = multiprocessing.get_context("fork")
+        self._process = fork.Process(target=_greet, args=(port, spec, theirs), daemon=True)
+
+    def __enter__(self) -> OtherDevice:
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def begin(self) -> None:
+        """Greet from now on."""
+        self._ours.send("greet")
+
+    def round_trips_s(self, since_s: float) -> list[float]:
+        """Stop, and tell how long answers took that came since then."""
+        self._ours.send("enough")
+        return [took_s for at_s, took_s in self._ours.recv() if at_s >= since_s]
+
+
+def _greet(port: int, spec: ModelSpec, parent: Connection) -> None:
+    with Swarm(port) as swarm:
+        device = connect(swarm, "other", spec, [])
+        wait(swarm, lambda: device.client.subscriptions == 1)
+        parent.recv()
+        wait(swarm, parent.poll, each=device.greet)
+        parent.send(device.round_trips)
+
+
+def connect(swarm: Swarm, name: str, spec: ModelSpec, changes: list[bytes]) -> Sender:
+    """A device of the swarm that listens to the server."""
+    hear: list[Callable[[bytes], None]] = []
+    client = swarm.connect(name, lambda _client, _topic, payload: hear[0](bytes(payload)))
+    topics = Topics(JOB)
+    client.subscribe(topics.down(name))
+    device = Sender(client, topics, spec, changes, name)
+    hear.append(device.heard)
+    return device
+
+
 def upload(broker: OpenBroker, senders: int, home: Path) -> Row:
     """All senders at once to a real server."""
     task = write_task(home, width=WIDTH)
     spec = BlockModel(load_task(task)).spec
-    changes, topics = payloads(spec), Topics(JOB)
     with (
+        OtherDevice(broker.port, spec) as other,
         serving(task, broker.url, senders + 1, home) as server,
         Swarm(broker.port, window=8) as swarm,
     ):
-        fleet: list[Sender] = []
-        for number in range(senders + 1):
-            name = f"sender-{number}" if number < senders else "other"
-            hear: list[Callable[[bytes], None]] = []
-            client = swarm.connect(
-                name, lambda _client, _topic, payload, hear=hear: hear[0](bytes(payload))
-            )
-            client.subscribe(topics.down(name))
-            fleet.append(Sender(client, topics, spec, changes, name))
-            hear.append(fleet[-1].heard)
-        *crowd, other = fleet
-        wait(swarm, lambda: all(s.client.subscriptions == 1 for s in fleet))
+        changes = payloads(spec)
+        crowd = [connect(swarm, f"sender-{n}", spec, changes) for n in range(senders)]
+        wait(swarm, lambda: all(s.client.subscriptions == 1 for s in crowd))
         wait(swarm, lambda: greeted(home), every_s=1.0)
-        for sender in fleet:
+        other.begin()
+        for sender in crowd:
             sender.greet()
-        wait(swarm, lambda: all(s.offer is not None for s in fleet))
+        wait(swarm, lambda: all(s.offer is not None for s in crowd))
         for sender in crowd:
             sender.prepare()
         Path(f"/proc/{server.pid}/clear_refs").write_text("5")
         idle_bytes, cpu_s = process_rss_bytes(server.pid), process_cpu_s(server.pid)
-        other.round_trips_s.clear()
         start_s = time.monotonic()
         for sender in crowd:
             sender.announce()
-        wait(swarm, lambda: all(s.verdict for s in crowd), each=other.greet)
+        wait(swarm, lambda: all(s.verdict for s in crowd))
+        round_trips_s = other.round_trips_s(start_s)
         sent_bytes = sum(len(s.body) for s in crowd)
         seconds = max(s.delivered_s for s in crowd) - start_s
         counted_s = max(s.answered_s for s in crowd) - start_s
@@ -230,8 +272,8 @@ def upload(broker: OpenBroker, senders: int, home: Path) -> Row:
             "lost": senders - sum(s.verdict == "accepted" for s in crowd),
             "server_cpu_s": process_cpu_s(server.pid) - cpu_s,
             "server_rss_added_mb": (process_peak_bytes(server.pid) - idle_bytes) / 1e6,
-            "control_p95_ms": 1e3 * statistics.quantiles(other.round_trips_s, n=20)[-1],
-            "round_trips": len(other.round_trips_s),
+            "control_p95_ms": 1e3 * statistics.quantiles(round_trips_s, n=20)[-1],
+            "round_trips": len(round_trips_s),
         }
 
 
