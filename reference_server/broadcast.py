@@ -96,11 +96,6 @@ class Broadcast:
         """Names the layout, in 16 hexadecimal digits."""
         return hashlib.sha256(msgspec.json.encode(self._layout)).hexdigest()[:16]
 
-    @property
-    def sent_pieces(self) -> int:
-        """Pieces handed to the link so far."""
-        return self._feed.handed_pieces
-
     def place(self, entries: Sequence[BlockEntry], piece_bytes: int) -> None:
         """Bring the broker up to a version: what changed goes into the slots not in use."""
         self._entries = entries
