@@ -133,11 +133,14 @@ def row_of(model: str, number: int, way: str, results: Iterable[Sent]) -> Row:
 
 
 def rates(changes: list[Change], tries: int) -> tuple[list[Row], float]:
-    """Encode and fold rates of each codec, and that of a copy, in MB of float32 per second."""
-    recorded_values = np.concatenate(
-        [change.of(spec).reshape(-1) for change in changes for spec in change.block.tensors]
-    )
-    values = np.resize(recorded_values, RATE_ELEMENTS).astype(np.float32)
+    """Encode and fold rates of each codec, and that of a copy, in MB of float32 per second.
+
+    Over one large tensor of all recorded changes, each brought to the same rms: side by side as
+    they are, the largest ones would be outliers of a tensor that no model has.
+    """
+    tensors = [change.of(spec).reshape(-1) for change in changes for spec in change.block.tensors]
+    scaled = [1e-3 * t / rms for t in tensors if (rms := float(np.sqrt(np.mean(t * t)))) > 0.0]
+    values = np.resize(np.concatenate(scaled), RATE_ELEMENTS).astype(np.float32)
     spec = TensorSpec(name="all", shape=(RATE_ELEMENTS,), dtype="float32")
     block = Block(name="large", tensors=(spec,))
     base = {"all": np.random.default_rng(0).standard_normal(RATE_ELEMENTS).astype(np.float32) / 20}
