@@ -24,6 +24,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,7 +97,8 @@ def tunnel_reason() -> str | None:
     if _ip_path() is None or shutil.which("nsenter") is None:
         return "the commands ip and nsenter are needed: apt install iproute2 util-linux"
     try:
-        os.close(_open_tun(f"{PREFIX}{os.getpid()}-try"))
+        # Two threads may ask at once.
+        os.close(_open_tun(f"{PREFIX}{threading.get_native_id()}-try"))
     except OSError as error:
         return f"{TUN_FILE}: no TUN device: {error.strerror}"
     return None
